@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,16 @@ class End:
 
 
 Line = Header | Step | Memory | Notice | End
-_KINDS: dict[str, type[Line]] = {"header": Header, "step": Step, "memory": Memory, "notice": Notice, "end": End}
+_KINDS: dict[str, type[Line]] = {
+    "header": Header,
+    "step": Step,
+    "memory": Memory,
+    "notice": Notice,
+    "end": End,
+}
 _KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
+#: The fields in which the string "NaN" is a number; elsewhere it is text.
+_NUMBERS = {cls: {f.name for f in fields(cls) if "float" in str(f.type)} for cls in _KIND_OF}
 
 
 @dataclass(frozen=True)
@@ -129,9 +137,10 @@ class RecordWriter:
 
     def write(self, line: Line) -> None:
         """Append one line."""
-        fields = {"kind": _KIND_OF[type(line)], **asdict(line)}
-        # One write call per line: a kill leaves whole lines and at most one cut one.
-        self._file.write(json.dumps(_encode(fields), allow_nan=False, ensure_ascii=False) + "\n")
+        values = {"kind": _KIND_OF[type(line)], **vars(line)}
+        # One write call per line: a kill leaves whole lines and at most one cut one. ASCII, because command lines
+        # and error messages may hold what UTF-8 cannot (Python's stand-ins for undecodable bytes).
+        self._file.write(json.dumps(_encode(values), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -192,19 +201,20 @@ def find(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 def _parse(path: Path, number: int, text: str) -> Line:
     where = f"{path}:{number}"
     try:
-        fields = json.loads(text)
+        values = json.loads(text)
     except ValueError as error:
         raise RecordError(f"{where}: is not JSON ({error}); the record is damaged") from error
-    if not isinstance(fields, dict) or fields.get("kind") not in _KINDS:
+    kind = values.pop("kind", None) if isinstance(values, dict) else None
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise RecordError(f"{where}: is not a line of a run record")
-    cls = _KINDS[fields.pop("kind")]
-    if cls is Header and fields.get("schema") != SCHEMA_VERSION:
+    cls = _KINDS[kind]
+    if cls is Header and values.get("schema") != SCHEMA_VERSION:
         raise RecordError(
-            f"{where}: record schema {fields.get('schema')!r}, this halfstep reads {SCHEMA_VERSION}; "
+            f"{where}: record schema {values.get('schema')!r}, this halfstep reads {SCHEMA_VERSION}; "
             "use the halfstep that wrote it, or run again"
         )
     try:
-        decoded = {key: _decode(value) for key, value in fields.items()}
+        decoded = {key: _decode(value) if key in _NUMBERS[cls] else value for key, value in values.items()}
         if cls is Header:
             decoded["command"] = tuple(decoded["command"])
         return cls(**decoded)
@@ -223,5 +233,4 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(value: Any) -> Any:
-    # Only where a number is expected can these strings occur; a notice that says just "NaN" would be odd.
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,240 @@
+"""Device facts: which number formats this machine computes in, and how well.
+
+A format is *native* where the hardware multiplies matrices in it, *emulated* where PyTorch gives right results by
+converting around wider arithmetic, *slow* where it works at a small fraction of FP32's speed, and *missing* where
+PyTorch refuses. Facts come from PyTorch's own queries and from the compute capability; nothing is timed here, and
+nothing is guessed: what cannot be known is said to be unknown.
+
+Sources: NVIDIA's tensor cores multiply FP16 from compute capability 7.0, BF16 and TF32 from 8.0, FP8 from 8.9
+(CUDA C++ programming guide, arithmetic instructions). ``torch.cuda.is_bf16_supported()`` also answers True for
+emulation, so the capability is asked instead. Among x86 CPUs BF16 products are native with AVX512_BF16 or AMX; FP16
+products run about 40 times slower than FP32 ones unless AVX512_FP16 or AMX_FP16 is there.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import psutil
+import torch
+
+DeviceType = Literal["cpu", "cuda", "mps", "xpu"]
+Support = Literal["native", "emulated", "slow", "missing", "unknown"]
+DEVICE_TYPES: tuple[DeviceType, ...] = ("cpu", "cuda", "mps", "xpu")
+
+FP16_TENSOR_CORES = (7, 0)
+BF16_TENSOR_CORES = (8, 0)
+FP8_TENSOR_CORES = (8, 9)
+
+
+class DeviceUnavailableError(RuntimeError):
+    """The device asked for does not exist here; the message says what does."""
+
+
+@dataclass(frozen=True)
+class FormatSupport:
+    """How a device computes in one format, and how that is known."""
+
+    support: Support
+    because: str
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """One device and its formats."""
+
+    type: DeviceType
+    name: str
+    memory_bytes: int
+    formats: Mapping[str, FormatSupport]  #: by format name: fp32, tf32, bf16, fp16, fp8
+    detail: str  #: compute capability or the CPU features that matter
+
+
+def detect(device_type: str | None = None) -> DeviceFacts:
+    """Facts of the machine's first device of ``device_type``, or of the one PyTorch scripts usually choose.
+
+    Args:
+        device_type: "cpu", "cuda", "mps" or "xpu"; None takes the first accelerator present, else the CPU.
+
+    Raises:
+        DeviceUnavailableError: no such device on this machine, or PyTorch was built without it.
+    """
+    if device_type is None:
+        device_type = next(t for t in ("cuda", "xpu", "mps", "cpu") if _is_available(t))
+    if device_type not in DEVICE_TYPES:
+        raise DeviceUnavailableError(f"unknown device {device_type!r}; known: {', '.join(DEVICE_TYPES)}")
+    if not _is_available(device_type):
+        present = ", ".join(t for t in DEVICE_TYPES if _is_available(t))
+        raise DeviceUnavailableError(f"no {device_type} device: {_absence(device_type)}; this machine has: {present}")
+    if device_type == "cuda":
+        return _cuda()
+    if device_type == "mps":
+        return _mps()
+    if device_type == "xpu":
+        return _xpu()
+    return _cpu()
+
+
+def environment(facts: DeviceFacts) -> dict[str, Any]:
+    """What a run record keeps of machine and versions (JSON values; no names of people, hosts or folders)."""
+    import numpy
+
+    from halfstep import __version__
+
+    return {
+        "halfstep": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device_type": facts.type,
+        "device": facts.name,
+        "device_detail": facts.detail,
+        "cpu": cpu_name(),
+        "cpu_flags": cpu_flags(),
+        "cpu_count": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def cpu_name() -> str:
+    return str(_capabilities().get("cpu_name") or platform.processor() or platform.machine())
+
+
+def cpu_flags() -> list[str]:
+    """The CPU features that decide which formats are native, as PyTorch names them."""
+    wanted = (
+        "avx2",
+        "avx512_f",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_bf16",
+        "amx_fp16",
+        "neon",
+        "bf16",
+        "sve",
+        "sve2",
+    )
+    return [name for name in wanted if _capabilities().get(name) is True]
+
+
+def cuda_formats(capability: tuple[int, int]) -> dict[str, FormatSupport]:
+    """Formats of an NVIDIA GPU of a compute capability, e.g. ``(7, 5)``."""
+    major, minor = capability
+    known = f"compute capability {major}.{minor}"
+
+    def since(first: tuple[int, int], otherwise: Support) -> FormatSupport:
+        needs = f"tensor cores for it start at {first[0]}.{first[1]}"
+        return FormatSupport("native" if capability >= first else otherwise, f"{known}; {needs}")
+
+    return {
+        "fp32": FormatSupport("native", known),
+        "tf32": since(BF16_TENSOR_CORES, "missing"),
+        "bf16": since(BF16_TENSOR_CORES, "emulated"),
+        "fp16": since(FP16_TENSOR_CORES, "slow"),
+        "fp8": since(FP8_TENSOR_CORES, "missing"),
+    }
+
+
+def cpu_formats(capabilities: Mapping[str, Any]) -> dict[str, FormatSupport]:
+    """Formats of a CPU from its features as ``torch.cpu.get_capabilities()`` names them."""
+    bf16 = next((f for f in ("amx_bf16", "avx512_bf16", "bf16") if capabilities.get(f)), None)
+    # Arm's half-precision arithmetic exists in hardware, but no FP16 GEMM speed was measured there.
+    fp16 = next((f for f in ("amx_fp16", "avx512_fp16") if capabilities.get(f)), None)
+    is_x86 = capabilities.get("architecture", "x86_64") in ("x86_64", "AMD64")
+    slow = FormatSupport("slow", "neither AVX512_FP16 nor AMX_FP16: products about 40 times slower than FP32's")
+    return {
+        "fp32": FormatSupport("native", "every CPU"),
+        "tf32": FormatSupport("missing", "TF32 is a format of GPUs"),
+        "bf16": FormatSupport("native", bf16)
+        if bf16
+        else FormatSupport("emulated", "neither AVX512_BF16 nor AMX_BF16"),
+        "fp16": FormatSupport("native", fp16)
+        if fp16
+        else slow
+        if is_x86
+        else FormatSupport("unknown", "not measured on this architecture"),
+        "fp8": FormatSupport("missing", "no FP8 products on CPUs"),
+    }
+
+
+def _cpu() -> DeviceFacts:
+    flags = cpu_flags()
+    return DeviceFacts(
+        type="cpu",
+        name=cpu_name(),
+        memory_bytes=psutil.virtual_memory().total,
+        formats=cpu_formats(_capabilities()),
+        detail=", ".join(flags) if flags else "no AVX or NEON features reported",
+    )
+
+
+def _cuda() -> DeviceFacts:
+    properties = torch.cuda.get_device_properties(0)
+    if torch.version.hip:
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        known = FormatSupport("native", f"PyTorch's own answer for ROCm ({properties.gcnArchName})")
+        unknown = FormatSupport("unknown", "not known for ROCm devices")
+        formats = {
+            "fp32": known,
+            "tf32": unknown,
+            "bf16": known if bf16 else unknown,
+            "fp16": known,
+            "fp8": unknown,
+        }
+        detail = f"ROCm {torch.version.hip}"
+    else:
+        formats = cuda_formats((properties.major, properties.minor))
+        detail = f"compute capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
+    return DeviceFacts("cuda", properties.name, properties.total_memory, formats, detail)
+
+
+def _mps() -> DeviceFacts:
+    unmeasured = FormatSupport("unknown", "PyTorch runs it on Apple GPUs; halfstep has not measured it")
+    missing = FormatSupport("missing", "not on Apple GPUs")
+    formats = {
+        "fp32": FormatSupport("native", "Apple GPU"),
+        "tf32": missing,
+        "bf16": unmeasured if torch.backends.mps.is_macos_or_newer(14, 0) else missing,
+        "fp16": unmeasured,
+        "fp8": missing,
+    }
+    return DeviceFacts("mps", cpu_name(), psutil.virtual_memory().total, formats, f"macOS {platform.mac_ver()[0]}")
+
+
+def _xpu() -> DeviceFacts:
+    properties = torch.xpu.get_device_properties(0)
+    native = FormatSupport("native", "PyTorch's own answer for this Intel GPU; halfstep has not measured it")
+    unknown = FormatSupport("unknown", "not known for Intel GPUs")
+    formats = {
+        "fp32": native,
+        "tf32": unknown,
+        "bf16": native if torch.xpu.is_bf16_supported(including_emulation=False) else unknown,
+        "fp16": unknown,
+        "fp8": unknown,
+    }
+    return DeviceFacts("xpu", properties.name, properties.total_memory, formats, "Intel GPU")
+
+
+def _is_available(device_type: str) -> bool:
+    if device_type == "cpu":
+        return True
+    if device_type == "mps":
+        return torch.backends.mps.is_available()
+    return torch.cuda.is_available() if device_type == "cuda" else torch.xpu.is_available()
+
+
+def _absence(device_type: str) -> str:
+    if device_type == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        return f"this PyTorch ({torch.__version__}) was built without CUDA"
+    return "PyTorch finds none (driver, visibility or build)"
+
+
+def _capabilities() -> Mapping[str, Any]:
+    return torch.cpu.get_capabilities()

@@ -1,0 +1,190 @@
+"""`run_under_policy`: a script, a policy, a record.
+
+Order: everything that can be wrong before the script starts is found before the script starts (policy, device,
+script, record folder); then the header is written, patches go in, the script runs, patches come out, and the end
+line is written whatever happened.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from halfstep import hardware
+from halfstep.autocast import float32_precision
+from halfstep.launch.patches import Patches
+from halfstep.launch.script import Outcome, load, run
+from halfstep.launch.seeds import seeded
+from halfstep.launch.session import Session, StepLimitReached
+from halfstep.observe import peak_resident_bytes
+from halfstep.policy import Policy, resolve
+from halfstep.record import End, Header, Memory, Notice, RecordWriter, Step
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that ended."""
+
+    policy: Policy
+    reason: str
+    exit_code: int
+    outcome: str  #: finished, step limit, interrupted or error
+    steps: int
+    skipped: int
+    seconds: float
+    last_loss: float | None
+    notices: tuple[Notice, ...]
+    record: Path | None
+
+
+def run_under_policy(
+    script: Path,
+    arguments: Sequence[str],
+    policy: str = "auto",
+    *,
+    device_type: str | None = None,
+    record: Path | None = None,
+    step_limit: int | None = None,
+    seed: int | None = None,
+    announce: Callable[[Policy, str], None] | None = None,
+) -> Run:
+    """Run ``script`` as ``__main__`` under ``policy``.
+
+    Args:
+        policy: a policy's name or "auto".
+        device_type: the device that the policy is chosen for; None takes the machine's accelerator, else its CPU.
+        record: where to write the run record; None writes none.
+        step_limit: end the script after so many steps of its first optimizer.
+        seed: seed all generators by this index, and shift the script's own seeds by it.
+        announce: called with *(policy, reason)* before the script starts.
+
+    Raises:
+        ScriptError, UnknownPolicyError, DeviceUnavailableError, UnsupportedError, OSError: before the script starts.
+    """
+    code = load(script)
+    facts = hardware.detect(device_type)
+    chosen, reason = resolve(policy, facts)
+    seen = _Seen()
+    session = Session(policy, chosen, facts.type, seen.write, step_limit)
+    header = Header(
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=(str(script), *arguments),
+        policy_requested=policy,
+        policy=str(chosen),
+        reason=reason,
+        seed=seed or 0,
+        environment={**hardware.environment(facts), "git": _git_revision(script)},
+    )
+    seen.writer = RecordWriter(record, header) if record is not None else None
+    if announce is not None:
+        announce(chosen, reason)
+    started = time.perf_counter()
+    patches = Patches(session)
+    outcome: Outcome | None = None
+    try:
+        with ExitStack() as stack:
+            stack.callback(session.close)
+            stack.callback(patches.remove)
+            if seed is not None:
+                stack.enter_context(seeded(seed))
+            stack.enter_context(float32_precision(chosen))
+            patches.install()
+            try:
+                outcome = run(script, code, arguments)
+            except StepLimitReached as limit:
+                outcome = Outcome(0, limit)
+        for notice in _closing_notices(session, chosen, outcome):
+            seen.write(notice)
+    finally:
+        # Reached without an outcome only by what no script may catch; the record still says that it ended.
+        outcome = outcome or Outcome(3)
+        name = _outcome_name(outcome)
+        seconds = time.perf_counter() - started
+        if seen.writer is not None:
+            message = f"{type(outcome.error).__name__}: {outcome.error}" if name == "error" else None
+            seen.writer.write(End(name, outcome.exit_code, seconds, peak_resident_bytes(), message))
+            seen.writer.close()
+    return Run(
+        policy=session.policy,
+        reason=reason,
+        exit_code=outcome.exit_code,
+        outcome=name,
+        steps=session.steps_seen,
+        skipped=seen.skipped,
+        seconds=seconds,
+        last_loss=seen.last_loss,
+        notices=tuple(seen.notices),
+        record=record,
+    )
+
+
+class _Seen:
+    """Passes lines on to the record, and keeps what the closing summary says."""
+
+    def __init__(self) -> None:
+        self.writer: RecordWriter | None = None
+        self.notices: list[Notice] = []
+        self.skipped = 0
+        self.last_loss: float | None = None
+
+    def write(self, line: Step | Memory | Notice) -> None:
+        if self.writer is not None:
+            self.writer.write(line)
+        if isinstance(line, Notice):
+            self.notices.append(line)
+        elif isinstance(line, Step):
+            self.last_loss = line.loss
+            self.skipped += not line.applied
+
+
+def _outcome_name(outcome: Outcome) -> str:
+    if isinstance(outcome.error, StepLimitReached):
+        return "step limit"
+    if isinstance(outcome.error, KeyboardInterrupt):
+        return "interrupted"
+    return "finished" if outcome.exit_code == 0 else "error"
+
+
+def _closing_notices(session: Session, policy: Policy, outcome: Outcome) -> list[Notice]:
+    if outcome.exit_code != 0:
+        return []
+    if session.steps_seen == 0:
+        what = "backward was never called" if session.backwards_seen == 0 else "no optimizer step was seen"
+        return [
+            Notice(
+                "no-training",
+                f"{what} in this process, so there is nothing that a policy could change. If the script starts "
+                "processes that train, start them with torchrun: torchrun … --no-python halfstep run SCRIPT",
+            )
+        ]
+    if policy.lowers and session.forwards_seen == 0:
+        return [
+            Notice(
+                "no-module-call",
+                f"the script never called an nn.Module with parameters, so nothing ran in {policy.compute}: "
+                "call the model (model(x)), not its methods (model.forward(x))",
+            )
+        ]
+    return []
+
+
+def _git_revision(script: Path) -> str | None:
+    """Commit of the repository that the script is in, with "+" if its files differ from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(script.resolve().parent), *words]
+        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, env=environment, check=True)
+        return done.stdout.strip()
+
+    try:
+        revision = git("rev-parse", "--short=12", "HEAD")
+        return revision + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, no repository, no commit yet

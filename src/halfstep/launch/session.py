@@ -1,0 +1,541 @@
+"""What happens where an unmodified script passes through PyTorch's entry points.
+
+The outermost module call runs in autocast and hands its outputs back in FP32. Backward multiplies the loss by the
+scale, and each parameter's gradient is divided by it *as it arrives* (a tensor hook, before accumulation): the script
+never sees a scaled gradient, so its own clipping, norms and accumulation are right without knowing. That costs
+nothing in range, because under a mixed policy parameters and their gradients are FP32. The scale moves between
+backwards, never within one.
+
+What the script already does itself (autocast, a GradScaler, 16-bit parameters) is left to it, and named in a notice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from halfstep import hardware
+from halfstep.autocast import LOW_PRECISION, autocast, store_parameters, to_float32
+from halfstep.observe import PeakMemory, gradient_norm, resident_bytes
+from halfstep.optim import MasterWeights
+from halfstep.policy import Policy, resolve
+from halfstep.record import Memory, Notice, Step
+from halfstep.scale import GradScaler, KeptStatistics
+
+#: Memory is measured in the step after this one of the first optimizer: its state exists by then.
+MEMORY_AFTER_STEP = 2
+
+Original = Callable[..., Any]
+
+
+class StepLimitReached(BaseException):
+    """Ends a script after the asked number of steps; not an `Exception`, so that scripts do not swallow it."""
+
+
+class UnsupportedError(RuntimeError):
+    """A policy cannot be applied to this script from outside; the message says what can be done."""
+
+
+class Session:
+    """One script under one policy, from its first to its last step.
+
+    Args:
+        requested: what was asked for, "auto" included.
+        policy: the policy in effect.
+        device_type: the device the policy was chosen for.
+        write: takes each step, memory measurement and notice.
+        step_limit: end the script (`StepLimitReached`) after so many steps of its first optimizer.
+    """
+
+    def __init__(
+        self,
+        requested: str,
+        policy: Policy,
+        device_type: str,
+        write: Callable[[Step | Memory | Notice], None],
+        step_limit: int | None = None,
+    ) -> None:
+        if policy.master_weights and policy.loss_scaling:
+            raise UnsupportedError(
+                f"{policy} cannot be put under a script from outside: its fp16 gradients stay scaled until the step, "
+                "and the script's own clipping would see them so. Use halfstep.MixedPrecision, or bf16-master"
+            )
+        self.requested = requested
+        self.policy = policy
+        self.device_type = device_type
+        self.steps_seen = 0
+        self.backwards_seen = 0
+        self.forwards_seen = 0
+        self._write = write
+        self._step_limit = step_limit
+        self._local = threading.local()
+        self._noticed: set[str] = set()
+        # Standing back is per module; an own GradScaler ends our scaling altogether.
+        self._known_modules: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self._optimizers: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._stepped: weakref.WeakKeyDictionary[Optimizer, list[int]] = weakref.WeakKeyDictionary()
+        self._schedulers: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+        self._masters: weakref.WeakKeyDictionary[Optimizer, MasterWeights] = weakref.WeakKeyDictionary()
+        self._hooked = WeakIdKeyDictionary()
+        self._scaler: GradScaler | None = None
+        self._own_scaler: Any = None
+        self._unscale: float | None = None  # 1 / loss scale, while a scaled backward runs
+        self._update_due = False
+        self._statistics = KeptStatistics()
+        self._losses: list[Tensor] = []
+        self._clipped_norms: list[tuple[set[int], Any]] = []
+        self._memory: PeakMemory | None = None
+        self._last_end: dict[int, float] = {}
+        self._step_number: dict[int, int] = {}
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, original: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The outermost module call: autocast around it, FP32 out of it."""
+        # In backward a module call is checkpointing's recomputation, which restores the forward's autocast itself.
+        if getattr(self._local, "in_module", False) or _in_backward():
+            return original(module, *args, **kwargs)
+        self._local.in_module = True
+        try:
+            first = next(module.parameters(), None)
+            if first is None:  # a loss, a pooling, an augmentation: nothing to gain in 16 bits, and losses want FP32
+                return original(module, *args, **kwargs)
+            self.forwards_seen += 1
+            device_type = first.device.type
+            if device_type != self.device_type:
+                self._change_device(device_type)
+            if self._stands_back(module) or torch.is_autocast_enabled(device_type):
+                return original(module, *args, **kwargs)
+            if self._scaling:
+                self._hook(tree_leaves((args, kwargs)))
+                if module.training and torch.is_grad_enabled():
+                    self._statistics.keep(module)
+            if not self.policy.lowers:
+                return original(module, *args, **kwargs)
+            with self._our_autocast(device_type):
+                result = original(module, *args, **kwargs)
+            return to_float32(result)
+        finally:
+            self._local.in_module = False
+
+    def own_autocast(self, original: Original, context: torch.autocast) -> Any:
+        """A script entering its own autocast."""
+        lowers = context._enabled and context.fast_dtype in LOW_PRECISION
+        if lowers and not getattr(self._local, "ours", False) and not _in_backward():
+            where = _caller()
+            if where is not None:
+                dtype = _dtype_name(context.fast_dtype)
+                self._notice(
+                    "own-autocast",
+                    f"the script enters its own {context.device} autocast ({dtype}); inside it halfstep stands back. "
+                    "Remove it to let the policy decide",
+                    where,
+                )
+        return original(context)
+
+    # ------------------------------------------------------------------ backward
+
+    def backward(self, original: Original, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """``torch.autograd.backward``, of a scaled loss where the policy scales."""
+        if _in_backward():
+            return original(tensors, grad_tensors, *args, **kwargs)
+        self.backwards_seen += 1
+        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        given = [grad_tensors] if isinstance(grad_tensors, Tensor) or grad_tensors is None else list(grad_tensors)
+        given += [None] * (len(roots) - len(given))
+        self._observe_loss(roots, given)
+        if not self._scaling:
+            return original(tensors, grad_tensors, *args, **kwargs)
+        for optimizer in list(self._stepped):  # parameters may have been unfrozen since they were last looked at
+            self._hook(p for group in optimizer.param_groups for p in group["params"])
+        scaler = self._scaler_for(roots[0])
+        if self._update_due:
+            scaler.update()
+            self._update_due = False
+        scaled_roots, scaled_given = [], []
+        for root, gradient in zip(roots, given, strict=True):
+            scaled_roots.append(scaler.scale(root) if gradient is None else root.float())
+            scaled_given.append(None if gradient is None else gradient.float() * scaler.get_scale())
+        self._unscale = 1.0 / scaler.get_scale()
+        try:
+            return original(scaled_roots, scaled_given, *args, **kwargs)
+        finally:
+            self._unscale = None
+
+    # ------------------------------------------------------------------ optimizer and scheduler
+
+    def new_parameters(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+        """An optimizer was given parameters."""
+        parameters = list(parameters)
+        self._stepped.setdefault(optimizer, [0, 0])
+        if (self.policy.master_weights or self.policy.loss_scaling) and any(hasattr(p, "to_local") for p in parameters):
+            raise UnsupportedError(
+                f"{self.policy} cannot be put under sharded (DTensor) parameters from outside: use bf16-mixed, or "
+                "halfstep.MixedPrecision in the loop"
+            )
+        if self.policy.master_weights:
+            self._masters.setdefault(optimizer, MasterWeights(optimizer))
+        self._known_modules.clear()  # a module seen before its optimizer has to be looked at again
+        if self.policy.loss_scaling:
+            self._hook(parameters)
+
+    def step(self, original: Original, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """An optimizer's ``step``: applied, or skipped when scaled gradients overflowed."""
+        if getattr(self._local, "in_step", False):
+            return original(optimizer, *args, **kwargs)
+        if getattr(self._local, "in_own_scaler", False):  # own_scaler_step records, once it knows of a skip
+            return original(optimizer, *args, **kwargs)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        grad_norm = self._gradient_norm(parameters)
+        if self._memory is not None:
+            self._name_memory(parameters)
+        self._local.in_step = True
+        try:
+            result, applied, scale = self._stepped_by_policy(original, optimizer, parameters, args, kwargs)
+        finally:
+            self._local.in_step = False
+        if grad_norm is None:  # a closure has made the gradients only now
+            grad_norm = self._gradient_norm(parameters)
+        self._record_step(optimizer, applied, scale, grad_norm)
+        return result
+
+    def scheduler_step(self, original: Original, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        """A scheduler's ``step``: held where every optimizer step since its last one was skipped."""
+        optimizer = getattr(scheduler, "optimizer", None)
+        starting = not hasattr(scheduler, "_last_lr")  # the constructor takes the first step itself
+        if getattr(self._local, "in_scheduler", False) or optimizer is None or starting:
+            return original(scheduler, *args, **kwargs)
+        attempted, applied = self._stepped.get(optimizer, [0, 0])
+        before_attempted, before_applied = self._schedulers.get(scheduler, [0, 0])
+        self._schedulers[scheduler] = [attempted, applied]
+        if attempted > before_attempted and applied == before_applied:
+            return None
+        self._local.in_scheduler = True
+        try:
+            return original(scheduler, *args, **kwargs)
+        finally:
+            self._local.in_scheduler = False
+
+    def optimizer_state(self, original: Original, optimizer: Optimizer) -> dict[str, Any]:
+        """``Optimizer.state_dict``, with the masters in it: the script's checkpoints then lose nothing."""
+        masters = self._masters.get(optimizer)
+        if masters is None or not len(masters) or getattr(self._local, "in_state", False):
+            return dict(original(optimizer))
+        self._local.in_state = True
+        try:
+            return masters.state_dict()
+        finally:
+            self._local.in_state = False
+
+    def load_optimizer_state(self, original: Original, optimizer: Optimizer, state_dict: dict[str, Any]) -> Any:
+        """``Optimizer.load_state_dict``, with masters, and without casting FP32 state to 16 bits."""
+        masters = self._masters.get(optimizer)
+        if masters is None or getattr(self._local, "in_state", False):
+            return original(optimizer, state_dict)
+        self._local.in_state = True
+        try:
+            return masters.load_state_dict(state_dict)
+        finally:
+            self._local.in_state = False
+
+    def clipped(self, original: Original, parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        """``clip_grad_norm_``: its norm is the one before clipping, which the record wants."""
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        norm = original(parameters, *args, **kwargs)
+        norm_type = args[1] if len(args) > 1 else kwargs.get("norm_type", 2.0)
+        if float(norm_type) == 2.0:
+            self._clipped_norms.append(({id(p) for p in parameters}, norm))
+        return norm
+
+    def own_scale(self, original: Original, scaler: torch.amp.GradScaler, outputs: Any) -> Any:
+        """A script's own ``GradScaler.scale``."""
+        if scaler is not self._scaler and scaler.is_enabled() and self._own_scaler is None:
+            self._own_scaler = scaler
+            self._notice(
+                "own-scaler",
+                "the script scales its loss itself; halfstep's loss scaling stands back",
+                _caller(),
+            )
+        return original(scaler, outputs)
+
+    def own_scaler_step(
+        self,
+        original: Original,
+        scaler: torch.amp.GradScaler,
+        optimizer: Optimizer,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """A script's own ``GradScaler.step``: recorded with its verdict."""
+        if scaler is self._scaler or self._own_scaler is None:
+            return original(scaler, optimizer, *args, **kwargs)
+        scale = scaler.get_scale()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._memory is not None:
+            self._name_memory(parameters)
+        self._local.in_own_scaler = True
+        try:
+            result = original(scaler, optimizer, *args, **kwargs)
+        finally:
+            self._local.in_own_scaler = False
+        found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        applied = not any(bool(found_inf.item()) for found_inf in found.values())
+        # A fused optimizer unscales inside its kernel and leaves .grad scaled: no norm then, unless clipping gave it.
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self._record_step(optimizer, applied, scale, self._gradient_norm(parameters, only_clipped=fused))
+        return result
+
+    def close(self) -> None:
+        """Leave nothing behind: hooks on the script's tensors go, a started memory measurement ends."""
+        if self._memory is not None:
+            self._memory.finish(0)
+            self._memory = None
+        for handle in self._hooked.values():  # type: ignore[no-untyped-call]  # torch's own class lacks annotations
+            handle.remove()
+
+    # ------------------------------------------------------------------ helpers, in the order of their first use
+
+    @property
+    def _scaling(self) -> bool:
+        return self.policy.loss_scaling and self._own_scaler is None
+
+    @contextlib.contextmanager
+    def _our_autocast(self, device_type: str) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            self._local.ours = True
+            try:
+                stack.enter_context(autocast(self.policy, device_type))
+            finally:
+                self._local.ours = False
+            yield
+
+    def _change_device(self, device_type: str) -> None:
+        """The script computes elsewhere than the policy was chosen for."""
+        policy, reason = resolve(self.requested, hardware.detect(device_type))
+        if str(policy) != str(self.policy):
+            self._notice(
+                "policy-changed",
+                f"the model is on {device_type}, not on {self.device_type}: policy {policy} instead of {self.policy} "
+                f"({reason})",
+            )
+        self.policy, self.device_type = policy, device_type
+
+    def _stands_back(self, module: nn.Module) -> bool:
+        """Whether ``module`` brings its own 16-bit parameters; looks at it once, and prepares it."""
+        known = self._known_modules.get(module)
+        if known is not None:
+            return known
+        parameters = list(module.named_parameters())
+        low = [(name, p) for name, p in parameters if p.dtype in LOW_PRECISION and not self._has_master(p)]
+        trainable_float32 = any(p.requires_grad and p.dtype is torch.float32 for _, p in parameters)
+        own_low_precision = bool(low) and not trainable_float32
+        if low and any(p.requires_grad for _, p in low):
+            name, first = low[0]
+            self._notice(
+                "own-16-bit-parameters",
+                f"{len(low)} of {len(parameters)} parameters of {type(module).__name__} are {_dtype_name(first.dtype)} "
+                f"already (first: {name}) and have no FP32 masters, so small updates to them are lost. "
+                f"Create the model in float32 and let the policy choose",
+                name,
+            )
+        if not own_low_precision:
+            self._prepare(module, [p for _, p in parameters])
+        self._known_modules[module] = own_low_precision
+        return own_low_precision
+
+    def _has_master(self, parameter: Tensor) -> bool:
+        return any(masters.holds(parameter) for masters in self._masters.values())
+
+    def _prepare(self, module: nn.Module, parameters: list[Tensor]) -> None:
+        if self.policy.loss_scaling:
+            self._hook(parameters)
+        if self.policy.master_weights:
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                raise UnsupportedError(
+                    f"{self.policy} cannot be put under a DistributedDataParallel model from outside: its buckets are "
+                    "built for FP32 gradients. Use bf16-mixed, or halfstep.MixedPrecision before wrapping the model"
+                )
+            # Only what an optimizer steps: a frozen model or an averaged copy has no master to keep its low bits.
+            stepped = {id(p) for p in parameters if self._has_master(p)}
+            for parameter, float32 in store_parameters(module, self.policy, only=stepped).items():
+                for masters in self._masters.values():
+                    if masters.holds(parameter):
+                        masters.adopt(parameter, float32)
+
+    def _hook(self, tensors: Iterable[Any]) -> None:
+        """Divide these leaves' gradients by the scale as they arrive."""
+        for tensor in tensors:
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.requires_grad
+                and tensor.is_leaf
+                and tensor.dtype not in LOW_PRECISION
+                and tensor not in self._hooked
+            ):
+                self._hooked[tensor] = tensor.register_hook(self._unscale_arriving)  # type: ignore[no-untyped-call]  # likewise
+
+    def _unscale_arriving(self, gradient: Tensor) -> Tensor:
+        return gradient if self._unscale is None else gradient * self._unscale
+
+    def _scaler_for(self, loss: Tensor) -> GradScaler:
+        if self._scaler is None:
+            self._scaler = GradScaler(loss.device.type)
+        return self._scaler
+
+    def _observe_loss(self, roots: list[Tensor], given: list[Tensor | None]) -> None:
+        for root, gradient in zip(roots, given, strict=True):
+            value = root.detach().float()
+            self._losses.append((value if gradient is None else value * gradient.detach()).sum())
+
+    def _stepped_by_policy(
+        self, original: Original, optimizer: Optimizer, parameters: list[Tensor], args: Any, kwargs: Any
+    ) -> tuple[Any, bool, float | None]:
+        """Step as the policy wants; returns the step's result, whether it was applied, and the scale."""
+        masters = self._masters.get(optimizer)
+        closure = args[0] if args else kwargs.get("closure")
+        scaler = self._scaler if self._scaling else None
+        if masters is None and (scaler is None and not (self._scaling and closure is not None)):
+            return original(optimizer, *args, **kwargs), True, None
+        if closure is not None and isinstance(optimizer, torch.optim.LBFGS):
+            raise UnsupportedError(
+                f"LBFGS re-evaluates its closure inside the step, which {self.policy} cannot follow; use bf16-mixed"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            scaler = self._scaler if self._scaling else None
+        applied, scale = True, None
+        with masters.exchanged() if masters is not None else contextlib.nullcontext():
+            if scaler is None or not any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
+                result = optimizer.step()
+            else:
+                if self._update_due and scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]:
+                    scaler.update()  # a second step without a backward between
+                scale = scaler.get_scale()
+                scaler.check_unscaled(optimizer)
+                result = scaler.step(optimizer)
+                applied = scaler.step_was_applied
+                self._update_due = True
+                if not applied:
+                    self._statistics.restore()
+        self._statistics.forget()
+        if masters is not None and applied:
+            masters.cast_back()
+        return (loss if closure is not None else result), applied, scale
+
+    def _gradient_norm(self, parameters: list[Tensor], only_clipped: bool = False) -> float | None:
+        mine = {id(p) for p in parameters if p.grad is not None}
+        for clipped, norm in reversed(self._clipped_norms):
+            if mine and mine <= clipped:
+                return float(norm)
+        return None if only_clipped else gradient_norm(parameters)
+
+    def _record_step(self, optimizer: Optimizer, applied: bool, scale: float | None, grad_norm: float | None) -> None:
+        index = self._optimizers.setdefault(optimizer, len(self._optimizers))
+        number = self._step_number[index] = self._step_number.get(index, 0) + 1
+        self.steps_seen += 1
+        counts = self._stepped.setdefault(optimizer, [0, 0])
+        counts[0] += 1
+        counts[1] += applied
+        loss = float(torch.stack([x.cpu() for x in self._losses]).sum()) if self._losses else None
+        self._losses.clear()
+        self._clipped_norms.clear()
+        on_cuda = self.device_type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize()  # else the time would be that of queueing kernels
+        now = time.perf_counter()
+        seconds = now - self._last_end[index] if index in self._last_end else None
+        tracked = self._memory is not None
+        step = Step(
+            step=number,
+            optimizer=index,
+            loss=loss,
+            seconds=seconds,
+            applied=applied,
+            scale=scale,
+            grad_norm=grad_norm,
+            rss_bytes=resident_bytes(),
+            device_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
+            tracked=tracked,
+        )
+        self._write(step)
+        if index == 0:
+            self._measure_memory(number)
+            if self._step_limit is not None and number >= self._step_limit:
+                raise StepLimitReached
+        # Our own work between two steps is not the script's time.
+        self._last_end = {key: at + time.perf_counter() - now for key, at in self._last_end.items()}
+        self._last_end[index] = time.perf_counter()
+
+    def _measure_memory(self, step: int) -> None:
+        if self._memory is not None:
+            measured, self._memory = self._memory.finish(step), None
+            self._write(measured)
+        elif step == MEMORY_AFTER_STEP and PeakMemory.can_start():
+            self._memory = PeakMemory()
+            self._memory.start()
+            for optimizer in self._optimizers:
+                self._name_memory([p for group in optimizer.param_groups for p in group["params"]], optimizer)
+
+    def _name_memory(self, parameters: list[Tensor], optimizer: Optimizer | None = None) -> None:
+        assert self._memory is not None
+        self._memory.name("parameters", parameters)
+        self._memory.name("gradients", [p.grad for p in parameters if p.grad is not None])
+        if optimizer is not None:
+            state = [t for values in optimizer.state.values() for t in tree_leaves(values) if isinstance(t, Tensor)]
+            self._memory.name("optimizer state", state)
+            masters = self._masters.get(optimizer)
+            if masters is not None:
+                self._memory.name("master weights", masters.masters())
+
+    def _notice(self, code: str, message: str, where: str | None = None) -> None:
+        if code not in self._noticed:
+            self._noticed.add(code)
+            self._write(Notice(code, message, where))
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
+_OUR_FOLDER = str(Path(__file__).parent) + os.sep
+
+
+def _caller() -> str | None:
+    """File and line of the script's frame that got here; None if PyTorch itself did (as checkpointing does)."""
+    frames: Iterator[FrameType] = _frames(sys._getframe(1))
+    for frame in frames:
+        file = frame.f_code.co_filename
+        if file.startswith(_OUR_FOLDER):
+            continue
+        if file.startswith(_TORCH_FOLDER) and "checkpoint" in file:
+            return None
+        if not file.startswith(_TORCH_FOLDER):
+            return f"{file}:{frame.f_lineno}"
+    return None
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -1,0 +1,138 @@
+"""What is measured of real steps: live tensor bytes at the peak, gradient norms, process memory.
+
+`PeakMemory` counts the bytes of every live tensor storage through one training step and says what they were at the
+moment when most were alive. It sees storages that ops hand back; workspaces that a kernel allocates and frees inside
+itself (oneDNN, cuDNN) are invisible at this level, so convolutions use somewhat more than it reports. On an
+accelerator the allocator's own peak is recorded beside it.
+
+The idea is the allocation log of PyTorch's memory trackers, replayed: a storage that becomes a gradient is an
+anonymous result when it is made, so events are logged first and named when the step is over.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
+
+from halfstep.record import Memory
+
+#: Storages that were not named otherwise: saved for backward, or living for one op.
+ACTIVATIONS = "activations and temporaries"
+#: Tensors that were alive before the step and belong to nothing that training names, such as the data set.
+OTHER = "other tensors"
+
+
+class PeakMemory(TorchDispatchMode):
+    """Follow live tensor bytes from `start` to `finish`, on all devices together."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch lacks annotations here
+        self._storages = 0
+        self._number: dict[int, int] = {}  # storage address -> number, while alive
+        self._bytes: list[int] = []  # by storage number
+        self._events: list[tuple[int, str | None]] = []  # number + 1 when made, with its op; -(number + 1) when freed
+        self._names: dict[int, str] = {}
+        self._op: str | None = None
+
+    @staticmethod
+    def can_start() -> bool:
+        """Whether no other dispatch mode is active: entering and leaving would not nest with it."""
+        return not _get_current_dispatch_mode_stack()  # type: ignore[no-untyped-call,unused-ignore]
+
+    def start(self) -> None:
+        """Count what is alive now, and everything made from here on."""
+        for item in gc.get_objects():
+            if issubclass(type(item), Tensor):
+                self._see(item)
+                if item.is_leaf and item.grad is not None:
+                    self._see(item.grad)
+        for number in self._number.values():
+            self._names[number] = OTHER
+        self.__enter__()  # type: ignore[no-untyped-call,unused-ignore]
+
+    def name(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Say what these tensors are; the first name given to a storage stays, except over `OTHER`."""
+        for tensor in tensors:
+            number = self._see(tensor)
+            if number is not None and self._names.get(number, OTHER) == OTHER:
+                self._names[number] = category
+
+    def finish(self, step: int) -> Memory:
+        """Stop counting; the bytes by category at the moment when most were alive."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call,unused-ignore]
+        now: dict[str, int] = {}
+        total = peak = 0
+        at_peak: dict[str, int] = {}
+        at_op: str | None = None
+        events, self._events = self._events, []
+        for signed, op in events:
+            number = abs(signed) - 1
+            size = self._bytes[number] if signed > 0 else -self._bytes[number]
+            category = self._names.get(number, ACTIVATIONS)
+            now[category] = now.get(category, 0) + size
+            total += size
+            if total > peak:
+                peak, at_peak, at_op = total, dict(now), op
+        return Memory(step, peak, at_op, {name: size for name, size in at_peak.items() if size})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._op = str(func)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return result
+
+    def _see(self, tensor: Tensor) -> int | None:
+        try:
+            storage = tensor.untyped_storage()
+            size = storage.nbytes()
+        except (RuntimeError, NotImplementedError):  # meta-like and sparse tensors have no storage to count
+            return None
+        key = storage._cdata
+        number = self._number.get(key)
+        if number is None:
+            number = self._number[key] = self._storages
+            self._storages += 1
+            self._bytes.append(size)
+            self._events.append((number + 1, self._op))
+            weakref.finalize(storage, self._free, key, number).atexit = False
+        return number
+
+    def _free(self, key: int, number: int) -> None:
+        if self._number.pop(key, None) is not None:
+            self._events.append((-(number + 1), None))
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> float | None:
+    """2-norm of all gradients together, in FP32; None without gradients."""
+    gradients = [p.grad.detach() for p in parameters if p.grad is not None]
+    gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    if not gradients:
+        return None
+    gradients = [g.float() if g.dtype in (torch.float16, torch.bfloat16) else g for g in gradients]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident memory of this process so far; the present one where the system does not keep the peak."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return resident_bytes()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
