@@ -17,9 +17,7 @@ from halfstep.workloads import gpt
 
 FOLDER = Path(halfstep.workloads.__file__).parent
 SCRIPTS = ["gpt.py", "digits_cnn.py", "digits_gan.py"]
-SMALL_GPT = (
-    "--layers 2 --width 32 --heads 2 --context 32 --batch 8 --lr 1e-2 --warmup 5 --device cpu --log-every 1"
-)
+SMALL_GPT = "--layers 2 --width 32 --heads 2 --context 32 --batch 8 --lr 1e-2 --warmup 5 --device cpu --log-every 1"
 SHORT = {
     "gpt.py": f"{SMALL_GPT} --steps 40 --eval-every 5",
     "digits_cnn.py": "--epochs 3 --channels 8 --device cpu",
@@ -188,9 +186,7 @@ def test_gpt_held_out_text_is_not_trained_on() -> None:
         (["--checkpoint", "missing_folder/gpt.pt"], "there is no folder missing_folder"),
     ],
 )
-def test_gpt_names_a_bad_argument(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_gpt_names_a_bad_argument(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         gpt.parse_args(arguments)
     assert exit_.value.code == 2

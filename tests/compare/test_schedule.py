@@ -35,7 +35,7 @@ RECORD_MODULE = importlib.util.find_spec("halfstep.record").origin  # type: igno
 # Takes the arguments that `halfstep run` takes; the "script" is a word that says what to do. The record
 # module is loaded by its path, without the package, so that no process waits for torch.
 LAUNCHER = f"""
-import argparse, importlib.util, os, signal, subprocess, sys, time
+import argparse, importlib.util, json, os, signal, subprocess, sys, time
 spec = importlib.util.spec_from_file_location("record", {RECORD_MODULE!r})
 record = sys.modules["record"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(record)
@@ -75,7 +75,8 @@ if what == "forever":
 if what == "halting":  # each line comes in two pieces
     for number in range(1, args.steps + 1):
         with open(args.record, "a") as file:
-            line = f'{{{{"kind": "step", "step": {{number}}, "optimizer": 1, "loss": "Infinity", "seconds": null}}}}\n'
+            fields = {{"kind": "step", "step": number, "optimizer": 1, "loss": "Infinity", "seconds": None}}
+            line = json.dumps(fields) + chr(10)
             file.write(line[:30]); file.flush(); time.sleep(0.15)
             file.write(line[30:]); file.flush(); time.sleep(0.15)
     sys.exit(0)
@@ -309,7 +310,7 @@ def test_the_callers_signal_handler_is_restored(tmp_path: Path, launcher: tuple[
     before = signal.getsignal(signal.SIGTERM)
     try:
         for number, handler in enumerate((signal.SIG_DFL, own)):
-            signal.signal(signal.SIGTERM, handler)
+            signal.signal(signal.SIGTERM, handler)  # type: ignore[arg-type]  # mypy joins the two to object
             run_all(["train"], ["fp32"], 1, 1, tmp_path / f"runs{number}", launcher=launcher)
             assert signal.getsignal(signal.SIGTERM) == handler
     finally:

@@ -37,7 +37,7 @@ def _options(
 
 def main() -> None:
     """The ``halfstep`` command: bad input ends in one line on stderr, never in a traceback of ours."""
-    from halfstep.compare import CompareError
+    from halfstep.compare import CompareError, ScheduleError
     from halfstep.hardware import DeviceUnavailableError
     from halfstep.launch import ScriptError, UnsupportedError
     from halfstep.policy import UnknownPolicyError
@@ -55,6 +55,9 @@ def main() -> None:
     ) as error:
         print(f"halfstep: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ScheduleError as error:
+        print(f"halfstep: error: {error}", file=sys.stderr)
+        sys.exit(3)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         print(f"halfstep: error: {place}{error.strerror or error}", file=sys.stderr)

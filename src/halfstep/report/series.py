@@ -104,7 +104,7 @@ def over_seeds(runs: Sequence[Array]) -> Band:
 
 
 def loss_curves(groups: Mapping[str, Sequence[RunRecord]], optimizer: int, max_points: int = MAX_POINTS) -> LossCurves:
-    """Losses of every run, averaged over as many steps per point as keep the longest within ``max_points``."""
+    """Losses of every run, averaged over so many steps per point that the longest fits ``max_points``."""
     raw: dict[str, dict[tuple[int, int], tuple[RunRecord, Array]]] = {}
     for policy, records in groups.items():
         of_policy: dict[tuple[int, int], tuple[RunRecord, Array]] = {}
@@ -170,7 +170,7 @@ def seed_deviation(runs: Sequence[Array]) -> Array | None:
 
 
 def scale_history(record: RunRecord, optimizer: int) -> tuple[Array, Array]:
-    """(steps, scales) where the loss scale changed, with the first and the last step; empty without loss scaling."""
+    """(steps, scales) at the changes of the loss scale, the first and the last step; empty without one."""
     points: list[tuple[int, float]] = []
     last: tuple[int, float] | None = None
     for step in record.steps:
@@ -199,7 +199,7 @@ def timed_milliseconds(records: Iterable[RunRecord]) -> Array:
 
 def thinned(values: Array, most: int) -> Array:
     """At most ``most`` of the sorted values, evenly spaced in rank, smallest and largest included."""
-    ordered = np.sort(values)
+    ordered: Array = np.sort(values)
     if len(ordered) <= most:
         return ordered
-    return ordered[np.linspace(0, len(ordered) - 1, most).round().astype(int)]
+    return np.take(ordered, np.linspace(0, len(ordered) - 1, most).round().astype(int))

@@ -114,7 +114,7 @@ def _draw(name: str, label: str, width: float, height: float, paint: Callable[[F
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {  # the stubs enumerate all names, which a plain dict of str is not
         "svg.fonttype": "none",
         "svg.hashsalt": "halfstep",
         "text.parse_math": False,

@@ -23,24 +23,20 @@ _VERDICT_STYLES = {
 }
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """Policy, step time, speed-up, peak memory, final loss, difference, verdict on quality, skipped steps."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    # Where it is too narrow names and words give way, numbers last.
-    table.add_column("policy", overflow="fold")
-    for heading in ("ms/step", "speed-up", "memory", "loss", "difference"):
-        table.add_column(heading, justify="right", overflow="fold", no_wrap=True)
-    table.add_column("quality", overflow="fold")
-    table.add_column("skips", justify="right", overflow="fold", no_wrap=True)
-    for result in comparison.policies:
-        _add_policy(table, result, result.policy == comparison.baseline)
-    return table
+def comparison_table(comparison: Comparison, width: int = 80) -> Table:
+    """Policy, step time, speed-up, peak memory, final loss, difference, verdict on quality, skipped steps.
+
+    Columns stand closer together where ``width`` would not hold them otherwise.
+    """
+    roomy = _table(comparison, gap=2)
+    fits = Console(width=10 * width).measure(roomy).maximum <= width
+    return roomy if fits else _table(comparison, gap=1)
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """The table, what went wrong or should be known, and at the end, where the eye is, the verdict."""
     width = min(console.width, _WIDTH)
-    console.print(comparison_table(comparison))
+    console.print(comparison_table(comparison, console.width))
     console.print()
     remarks = [(f"{policy} failed", error, "red") for policy, error in wording.errors(comparison)]
     remarks += [("warning", warning, "yellow") for warning in comparison.warnings]
@@ -58,6 +54,20 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         style = "bold yellow" if comparison.findings else "bold"
         text = Text.assemble(*((part, style if is_main else "") for part, is_main in sentence))
         console.print(text, width=width, overflow="fold")
+
+
+def _table(comparison: Comparison, gap: int) -> Table:
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    # Where it is too narrow, long names and words give way; numbers stay whole.
+    longest = max((len(result.policy) for result in comparison.policies), default=0)
+    table.add_column("policy", overflow="fold", min_width=min(longest, 13))
+    for heading in ("ms/step", "speed-up", "memory", "loss", "difference"):
+        table.add_column(heading, justify="right", overflow="fold", no_wrap=True)
+    table.add_column("quality", overflow="fold", min_width=8)
+    table.add_column("skips", justify="right", overflow="fold", no_wrap=True)
+    for result in comparison.policies:
+        _add_policy(table, result, result.policy == comparison.baseline)
+    return table
 
 
 def _add_policy(table: Table, result: PolicyResult, is_baseline: bool) -> None:
@@ -87,7 +97,7 @@ def _quality_cells(quality: Quality, is_baseline: bool) -> tuple[Text, Text, Tex
     return (
         _cell(wording.number(quality.final_loss, 4)),
         _difference(quality, is_baseline),
-        Text(word, style=_VERDICT_STYLES.get(word, "dim")),
+        Text(word.replace(" ", "\n"), style=_VERDICT_STYLES.get(word, "dim")),
     )
 
 
@@ -99,7 +109,7 @@ def _difference(quality: Quality, is_baseline: bool) -> Text:
 
 
 def _no_quality(several: bool) -> tuple[Text, Text, Text]:
-    return (Text(),) * 3 if several else (_cell("–"), _cell("–"), _cell("–"))  # type: ignore[return-value]
+    return (Text(),) * 3 if several else (_cell("–"), _cell("–"), _cell("–"))
 
 
 def _cell(above: str, below: str = "", style: str = "", style_below: str = "dim") -> Text:

@@ -39,10 +39,9 @@ def milliseconds(seconds: float) -> str:
 
 
 def quartiles(speed: Speed) -> str:
-    """Lower to upper quartile of the step time in ms: three digits, four where three cannot tell them apart."""
-    low, high = (1e3 * seconds for seconds in speed.quartiles_seconds)
-    digits = 3 if number(low, 3) != number(high, 3) else 4
-    return f"{number(low, digits)}–{number(high, digits)}"
+    """Lower to upper quartile of the step time in ms."""
+    low, high = speed.quartiles_seconds
+    return _range(1e3 * low, 1e3 * high, 3)
 
 
 def size(bytes_: float) -> str:
@@ -58,16 +57,25 @@ def size(bytes_: float) -> str:
 
 def ratio(value: float) -> str:
     """1.80×, 0.76×, 12.3×, 0.025×."""
-    return f"{_ratio(value)}×"
+    return f"{number(value, _ratio_digits(value))}×"
 
 
 def speed_up(interval: Interval) -> tuple[str, str]:
     """The estimate, and the interval's ends: ``("1.80×", "1.76–1.84")``."""
-    return ratio(interval.estimate), f"{_ratio(interval.low)}–{_ratio(interval.high)}"
+    return ratio(interval.estimate), _range(interval.low, interval.high, _ratio_digits(interval.estimate))
 
 
-def _ratio(value: float) -> str:
-    return number(value, 3 if not 0 < value < 0.995 else 2)
+def _ratio_digits(value: float) -> int:
+    return 2 if 0 < value < 0.995 else 3
+
+
+def _range(low: float, high: float, digits: int) -> str:
+    """Both ends with ``digits`` digits, or up to two more where they would read the same."""
+    for more in range(3):
+        ends = number(low, digits + more), number(high, digits + more)
+        if ends[0] != ends[1]:
+            break
+    return "–".join(ends)
 
 
 def difference(interval: Interval) -> tuple[str, str]:
@@ -79,13 +87,13 @@ def difference(interval: Interval) -> tuple[str, str]:
         return (estimate if interval.estimate <= 0 else f"+{estimate}"), f"{low} to {high}"
     decimals = max(0, 1 - math.floor(math.log10(half_width)))
     return (
-        f"{interval.estimate:+.{decimals}f}",
-        f"{interval.low:+.{decimals}f} to {interval.high:+.{decimals}f}",
+        f"{interval.estimate:+z.{decimals}f}",
+        f"{interval.low:+z.{decimals}f} to {interval.high:+z.{decimals}f}",
     )
 
 
 def outcome(result: PolicyResult) -> str:
-    """The outcomes of all seeds: ``3 finished``, ``2 finished, 1 crashed``; without a count for a single run."""
+    """The outcomes of all seeds: ``3 finished``, ``2 finished, 1 crashed``; a single run without a count."""
     counts = Counter(result.outcomes)
     if not counts:
         return "no runs"

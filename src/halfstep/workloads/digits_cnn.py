@@ -75,9 +75,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images per step")
     parser.add_argument("--channels", type=int, default=32, help="channels of the first convolution")
     parser.add_argument("--lr", type=float, default=0.1, help="initial learning rate")
-    parser.add_argument(
-        "--decay-epochs", type=int, default=3, help="epochs between cuts of the learning rate by 5"
-    )
+    parser.add_argument("--decay-epochs", type=int, default=3, help="epochs between cuts of the learning rate by 5")
     parser.add_argument("--seed", type=int, default=1, help="of weights and shuffling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     args = parser.parse_args()
@@ -89,9 +87,7 @@ def main() -> None:
     # A last batch of a few images would give BatchNorm statistics that are mostly noise.
     loader = DataLoader(train, batch_size=args.batch, shuffle=True, drop_last=True)
     model = build_model(args.channels).to(args.device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     criterion = nn.CrossEntropyLoss()
     scheduler = StepLR(optimizer, step_size=args.decay_epochs, gamma=0.2)
 
@@ -103,9 +99,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             total += loss.item()
-        print(
-            f"epoch {epoch:3d}  loss {total / len(loader):.4f}  lr {scheduler.get_last_lr()[0]:g}", flush=True
-        )
+        print(f"epoch {epoch:3d}  loss {total / len(loader):.4f}  lr {scheduler.get_last_lr()[0]:g}", flush=True)
         scheduler.step()
     print(f"test accuracy {accuracy(model, DataLoader(test, batch_size=256), args.device):.4f}")
 

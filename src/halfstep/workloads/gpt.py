@@ -64,9 +64,7 @@ class GPT(nn.Module):
         self.tokens = nn.Embedding(VOCABULARY, args.width)
         self.positions = nn.Embedding(args.context, args.width)
         self.dropout = nn.Dropout(args.dropout)
-        self.blocks = nn.Sequential(
-            *[Block(args.width, args.heads, args.dropout) for _ in range(args.layers)]
-        )
+        self.blocks = nn.Sequential(*[Block(args.width, args.heads, args.dropout) for _ in range(args.layers)])
         self.norm = nn.LayerNorm(args.width)
         self.head = nn.Linear(args.width, VOCABULARY, bias=False)
         for name, p in self.named_parameters():

@@ -34,6 +34,7 @@ class _View:
     difference_range: float  #: the lower panel reaches from minus to plus this
     deviation: Array | None  #: baseline's seed deviation at each point
     judged: Mapping[str, Interval]
+    yardstick: float | None  #: baseline's seed deviation of the mean loss of the last steps
     last_steps: int
     confidence: float
 
@@ -61,13 +62,12 @@ def losses(runs: Runs, comparison: Comparison, looks: Looks, optimizer: int, sev
         says.append(f"Below: the difference to {comparison.baseline}, taken seed by seed; above zero is worse.")
         if view.deviation is not None:
             legend.append(Key(f"±1 sd over {comparison.baseline} seeds", "--zone", None))
-            says.append(
-                f"The shaded zone is the yardstick, one standard deviation over the seeds of {comparison.baseline}."
-            )
+            says.append(f"The zone is one standard deviation over {comparison.baseline}'s seeds at that step.")
         if view.judged:
             says.append(
                 f"The bars at the right are what was judged: the mean of the last {view.last_steps:,} steps, "
-                f"with its {100 * view.confidence:g} % interval."
+                f"with its {100 * view.confidence:g} % interval"
+                + (", on the same deviation of that mean, the yardstick." if view.yardstick else ".")
             )
     if any(curves.stopped[policy] for policy in drawn):
         says.append("A cross marks where a run broke off or its loss stopped being a number.")
@@ -96,7 +96,8 @@ def _view(curves: LossCurves, comparison: Comparison, drawn: Sequence[str], opti
         if any(np.isfinite(difference).any() for difference in differences):
             compared[policy] = series.over_seeds(differences)
     deviation = series.seed_deviation(list(curves.runs[baseline].values())) if compared else None
-    judged, last_steps, confidence = {}, 0, 0.0
+    judged: dict[str, Interval] = {}
+    yardstick, last_steps, confidence = None, 0, 0.0
     for result in comparison.policies:
         for quality in result.quality:
             interval = quality.difference
@@ -105,6 +106,7 @@ def _view(curves: LossCurves, comparison: Comparison, drawn: Sequence[str], opti
             if np.isfinite([interval.estimate, interval.low, interval.high]).all():
                 judged[result.policy] = interval
                 last_steps, confidence = quality.last_steps, interval.confidence
+                yardstick = quality.seed_spread
     reach, beyond = _difference_range(curves, compared, deviation, judged, (high - low) or 1.0)
     return _View(
         range=(low, high),
@@ -114,6 +116,7 @@ def _view(curves: LossCurves, comparison: Comparison, drawn: Sequence[str], opti
         difference_range=reach,
         deviation=deviation,
         judged=judged,
+        yardstick=yardstick,
         last_steps=last_steps,
         confidence=confidence,
     )
@@ -159,8 +162,9 @@ def _difference_range(
 
 
 def _finite(band: Band) -> Array:
-    values = np.concatenate([band.mean, band.low, band.high])
-    return values[np.isfinite(values)]
+    values: Array = np.concatenate([band.mean, band.low, band.high])
+    finite: Array = values[np.isfinite(values)]
+    return finite
 
 
 def _paint_losses(
@@ -206,6 +210,9 @@ def _paint_differences(axes: Axes, curves: LossCurves, view: _View, looks: Mappi
     if view.deviation is not None:
         zone = np.clip(view.deviation, 0, 2 * reach)
         axes.fill_between(curves.steps, -zone, zone, color=ZONE, linewidth=0)
+    if view.yardstick is not None:
+        first, end = curves.last_step * 1.014, axes.get_xlim()[1]
+        axes.fill_between([first, end], -view.yardstick, view.yardstick, color=ZONE, linewidth=0)
     axes.axhline(0, color=MUTED, linewidth=1)
     for policy, band in view.compared.items():
         look = looks[policy]

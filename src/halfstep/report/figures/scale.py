@@ -33,10 +33,7 @@ def loss_scales(runs: Runs, looks: Looks) -> Chart:
         return Chart(title, "No run used loss scaling.")
     skipped = {policy: series.skipped_steps(records) for policy, records in scaled.items()}
     counts = {policy: len(steps) for policy, steps in skipped.items()}
-    says = [
-        "One line per run. Ticks below mark the steps at which a run skipped its update because gradients
-        overflowed."
-    ]
+    says = ["One line per run. Ticks below mark the steps whose update a run skipped because gradients overflowed."]
     without = [policy for policy in runs if policy not in scaled]
     if without:
         says.append(f"{', '.join(without)} used no loss scaling.")

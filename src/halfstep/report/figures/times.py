@@ -88,14 +88,14 @@ def _paint_times(
         center = centers[policy]
         axes.plot([center, center], [middle - 9, middle + 9], color=color, linewidth=2.5, zorder=4)
         dots = series.thinned(values[(values >= low) & (values <= high)], _DOTS)
-        # Dots as segments of no length with round ends: one path instead of a marker each. The fixed irrational
-        # stride keeps neighbours apart without a random generator.
-        jitter = middle + 16 + 3 * ((np.arange(len(dots)) * 0.618034) % 1 - 0.5)
+        # A fixed irrational stride keeps neighbouring dots apart without a random generator.
+        jitter = middle + 16 + 3 * ((np.arange(len(dots), dtype=np.float64) * 0.618034) % 1 - 0.5)
         _dots(axes, dots, jitter, color)
         _clamped_text(axes, center, middle - 12, f"{wording.number(center, 4)} ms")
 
 
 def _dots(axes: Axes, x: series.Array, y: series.Array, color: str) -> None:
+    """Dots as segments of no length with round ends: one path instead of a marker each."""
     gap = np.full(len(x), math.nan)
     flat_x, flat_y = np.column_stack([x, x, gap]).ravel(), np.column_stack([y, y, gap]).ravel()
     axes.plot(flat_x, flat_y, color=color, alpha=0.55, linewidth=2.4, solid_capstyle="round")

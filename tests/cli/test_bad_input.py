@@ -1,0 +1,110 @@
+"""Bad input: one clear line that says what, where and what to do; the right exit code; nothing half-written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+USAGE, FAILED = 2, 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--policy", "bf17-mixed", "train.py"], "unknown policy 'bf17-mixed'. Did you mean 'bf16-mixed'?"),
+        (["run", "nothing.py"], "no script nothing.py here"),
+        (["run", "."], ". is a folder; name the script in it"),
+        (["run", "--policy", "fp16-master", "train.py"], "Use halfstep.MixedPrecision, or bf16-master"),
+        (["run", "--device", "tpu", "train.py"], "unknown device 'tpu'; known: cpu, cuda, mps, xpu"),
+        (["check", "--device", "tpu"], "unknown device 'tpu'"),
+        (["compare", "--policies", "fp32,fp64", "train.py"], "unknown policy 'fp64'"),
+        (["compare", "--policies", "fp32", "train.py"], "needs two different policies"),
+        (["compare", "--policies", "fp32,fp16-master", "train.py"], "works in halfstep.MixedPrecision only"),
+        (["compare", "nothing.py"], "no script nothing.py here"),
+        (["report", "nothing.jsonl"], "nothing.jsonl: no such file or folder"),
+        (["report", "."], "no run records (*.jsonl) in this folder"),
+        (["report", "train.py"], "train.py:1: is not JSON"),
+    ],
+)
+def test_one_line_and_exit_code_2(cli, arguments, message):
+    before = sorted(os.listdir())
+    ended = cli(*arguments)
+    assert ended.code == USAGE
+    (line,) = [line for line in ended.err.splitlines() if "error" in line]
+    assert line.startswith("halfstep: error: ") and message in line
+    assert "Traceback" not in ended.err
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda(cli):
+    ended = cli("run", "--device", "cuda", "train.py")
+    assert ended.code == USAGE
+    assert "no cuda device" in ended.err and "this machine has: cpu" in ended.err
+
+
+def test_syntax_error_names_file_and_line(cli):
+    Path("broken.py").write_text("x = 1\nif x\n    pass\n")
+    ended = cli("run", "broken.py")
+    assert ended.code == USAGE
+    assert "broken.py:2: SyntaxError: expected ':'" in ended.err
+    assert not Path("halfstep-runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty; the run ended before its header was written"),
+        ('{"kind": "header", "sch', "ends inside its first line"),
+        ('{"kind": "step"}\n', "step line lacks or has unknown fields"),
+        ("[1]\n", "is not a line of a run record"),
+        ('{"kind": "header", "schema": 99}\n', "record schema 99, this halfstep reads 1"),
+    ],
+)
+def test_records_that_are_none(cli, content, message):
+    Path("r.jsonl").write_text(content)
+    ended = cli("report", "r.jsonl")
+    assert ended.code == USAGE
+    assert f"r.jsonl{':1' if 'header was' not in message and 'ends inside' not in message else ''}: " in ended.err
+    assert message in ended.err
+    assert not Path("report.html").exists()
+
+
+def test_truncated_record_still_reports(cli):
+    assert cli("run", "--policy", "fp32", "--record", "r.jsonl", "train.py", "6").code == 0
+    whole = Path("r.jsonl").read_text()
+    Path("r.jsonl").write_text(whole[: whole.index('"kind": "end"')])
+    ended = cli("report", "r.jsonl")
+    assert ended.code == 0
+    assert "fp32" in ended.out
+    assert Path("report.html").stat().st_size > 1000
+
+
+def test_unwritable_output(cli):
+    Path("occupied").write_text("a file where a folder is wanted")
+    ended = cli("run", "--record", "occupied/r.jsonl", "train.py")
+    assert ended.code == FAILED
+    assert "occupied" in ended.err and "Traceback" not in ended.err and "trained" not in ended.out
+    ended = cli("compare", "--output", "occupied", "--policies", "fp32,bf16-mixed", "train.py")
+    assert ended.code == FAILED
+    assert "occupied" in ended.err and "trained" not in ended.out
+    cli("run", "--quiet", "--policy", "fp32", "--record", "r.jsonl", "train.py", "4")
+    ended = cli("report", "--output", "occupied/report.html", "r.jsonl")
+    assert ended.code == FAILED and "occupied" in ended.err
+
+
+def test_a_record_is_never_overwritten(cli):
+    Path("r.jsonl").write_text("precious")
+    ended = cli("run", "--record", "r.jsonl", "train.py")
+    assert ended.code == FAILED and "r.jsonl" in ended.err
+    assert Path("r.jsonl").read_text() == "precious"
+
+
+def test_script_that_never_trains_is_told_so(cli):
+    Path("idle.py").write_text("print('hello')")
+    ended = cli("run", "--no-record", "--policy", "bf16-mixed", "idle.py")
+    assert ended.code == 0 and ended.out == "hello\n"
+    assert "backward was never called" in ended.err
