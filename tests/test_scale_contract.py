@@ -43,7 +43,7 @@ class NoScaler:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        if all(g.isfinite().all() for g in gradients):
+        if all((g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in gradients):
             optimizer.step()
 
     def update(self) -> None:

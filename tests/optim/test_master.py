@@ -51,7 +51,7 @@ def feed(parameters: list[nn.Parameter], step: int) -> None:
 
 
 def fp32_copy(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    return [nn.Parameter(p.detach().float(), requires_grad=p.requires_grad) for p in parameters]
+    return [nn.Parameter(p.detach().float().clone(), requires_grad=p.requires_grad) for p in parameters]
 
 
 def groups_of(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -82,7 +82,7 @@ def test_steps_are_those_of_fp32_parameters_fed_the_same_gradients(name: str, dt
     for step in range(12):
         feed(parameters, step)
         for theirs, ours in zip(reference, parameters, strict=True):
-            theirs.grad = None if ours.grad is None else ours.grad.float()
+            theirs.grad = None if ours.grad is None else ours.grad.float().clone()
         before = [None if p.grad is None else p.grad.clone() for p in parameters]
         masters.step()
         plain.step()
@@ -93,7 +93,8 @@ def test_steps_are_those_of_fp32_parameters_fed_the_same_gradients(name: str, dt
         assert all(g["params"] is held for g, held in zip(optimizer.param_groups, lists, strict=True))
         assert [id(p) for held in lists for p in held] == [id(p) for p in parameters]
         for parameter, gradient in zip(parameters, before, strict=True):
-            assert gradient is None or (parameter.grad is not None and torch.equal(parameter.grad, gradient))
+            if gradient is not None and gradient.dtype is dtype:  # PyTorch's steps may change FP32 gradients
+                assert parameter.grad is not None and torch.equal(parameter.grad, gradient)
     assert all(m.grad is None for m in masters.masters())
     # The user's own optimizer, looked at from outside a step: well-formed, moments in FP32, equal to the reference's.
     own, expected = optimizer.state_dict(), plain.state_dict()

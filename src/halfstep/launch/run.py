@@ -74,7 +74,7 @@ def run_under_policy(
     session = Session(policy, chosen, facts.type, seen.write, step_limit)
     header = Header(
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=(str(script), *arguments),
+        command=(_shown(script), *arguments),
         policy_requested=policy,
         policy=str(chosen),
         reason=reason,
@@ -172,6 +172,14 @@ def _closing_notices(session: Session, policy: Policy, outcome: Outcome) -> list
             )
         ]
     return []
+
+
+def _shown(script: Path) -> str:
+    """The script as a reader knows it: a built-in one by its place in halfstep, others as they were named."""
+    package = Path(hardware.__file__).parent
+    if script.resolve().is_relative_to(package):
+        return str(Path("halfstep") / script.resolve().relative_to(package))
+    return str(script)
 
 
 def _git_revision(script: Path) -> str | None:

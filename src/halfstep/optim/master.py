@@ -56,7 +56,7 @@ class MasterWeights:
         if parameter.dtype not in LOW_PRECISION:
             return parameter
         if parameter not in self._masters:
-            self._masters[parameter] = parameter.detach().float()
+            self.adopt(parameter, parameter.detach().float())
         return self._masters[parameter]
 
     def holds(self, parameter: Tensor) -> bool:
@@ -66,6 +66,11 @@ class MasterWeights:
     def adopt(self, parameter: Tensor, float32: Tensor) -> None:
         """Take ``float32``, the values a 16-bit parameter had before it was rounded, as its master."""
         self._masters[parameter] = float32
+        # Adagrad makes its state when it is constructed, in the parameter's format; others may have stepped before.
+        state = self.optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dtype in LOW_PRECISION:
+                state[key] = value.float()
 
     def masters(self) -> list[Tensor]:
         """The masters made so far, FP32."""

@@ -13,6 +13,7 @@ _NAMES = {
     "cudnn": "cuDNN",
     "git": "Git",
     "gpu": "GPU",
+    "halfstep": "halfstep",
     "numpy": "NumPy",
     "os": "OS",
     "pytorch": "PyTorch",
@@ -42,9 +43,11 @@ def _flat(environment: Mapping[str, Any], prefix: str = "") -> list[tuple[str, A
 
 
 def _label(key: str) -> str:
-    words = key.removesuffix("_bytes").replace("_", " ").replace(".", ": ").split(" ")
-    first, *rest = (_NAMES.get(word, word) for word in words)
-    return " ".join([first[:1].upper() + first[1:] if first not in _NAMES.values() else first, *rest])
+    words = key.removesuffix("_bytes").replace(".", ": ").replace("_", " ").split(" ")
+    named = [_NAMES.get(word.rstrip(":"), word.rstrip(":")) + ":" * word.endswith(":") for word in words]
+    if words[0].rstrip(":") not in _NAMES:
+        named[0] = named[0].capitalize()
+    return " ".join(named)
 
 
 def _value(key: str, found: Sequence[Any]) -> str:
