@@ -3,9 +3,9 @@
     python benchmarks/demo.py            # about five minutes; wants an otherwise idle machine
     python benchmarks/demo.py --render   # only write the README's block again from the kept numbers
 
-The numbers go to ``benchmarks/results/demo.json`` with the machine, the versions and the load; the README's block between
-its two markers is written from that file and from nothing else, and a test holds the two together. The picture needs
-Chromium.
+The numbers go to ``benchmarks/results/demo.json`` with the machine, the versions and the load; the README's block
+between its two markers is written from that file and from nothing else, and a test holds the two together. The picture
+needs Chromium.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def block(result: dict[str, Any]) -> str:
         f"({environment['device_detail']}), PyTorch {environment['torch']}, {result['started'][:10]}, "
         f"{comparison['seeds']} seeds, {steps} timed steps per policy:",
         "",
-        "| policy | ms per step (quartiles) | speed-up (95 %) | memory at the peak | loss difference (90 %) | same loss? |",
+        "| policy | ms per step (quartiles) | speed-up (95 %) | memory at the peak | loss difference (90 %) "
+        "| same loss? |",
         "|---|---|---|---|---|---|",
         *map(_row, comparison["policies"]),
         "",

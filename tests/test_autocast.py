@@ -23,7 +23,7 @@ Point = namedtuple("Point", ["x", "y"])
 
 class Named(NamedTuple):
     logits: Any
-    count: int = 3
+    size: int = 3
 
 
 @dataclass
@@ -83,7 +83,7 @@ class ModelOutput(OrderedDict):  # type: ignore[type-arg]
         super().__setattr__(name, value)
 
     def __reduce__(self) -> Any:
-        make, _, *rest = super().__reduce__()  # type: ignore[misc]
+        make, rest = super().__reduce__()[0], super().__reduce__()[2:]
         return make, tuple(getattr(self, f.name) for f in fields(self)), *rest
 
 
@@ -126,7 +126,7 @@ def fill(nest: Any) -> Any:
         return LEAVES[nest]
     if isinstance(nest, dict):
         return type(nest)((key, fill(item)) for key, item in nest.items())
-    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+    if isinstance(nest, Named | Point):
         return type(nest)(*(fill(item) if not isinstance(item, int) else item for item in nest))
     if isinstance(nest, list | tuple):
         return type(nest)(fill(item) for item in nest)
@@ -189,7 +189,7 @@ def test_model_output_keeps_attributes_and_items_in_step() -> None:
 
 
 def test_other_mappings_and_tuples_of_pytorch() -> None:
-    counts = defaultdict(list, {"a": low(1)})
+    counts: defaultdict[str, Any] = defaultdict(list, {"a": low(1)})
     out = to_float32(counts)
     assert type(out) is defaultdict and out.default_factory is list and out["a"].dtype is torch.float32
     user = to_float32(UserDict({"a": low(1)}))

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import halfstep
 from halfstep.record import (
     End,
     Header,
@@ -146,7 +147,9 @@ while True:
     if number == 500:
         print("there", flush=True)
 """
-    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", program, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(halfstep.__file__).parents[1])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None and process.stdout.readline() == "there\n"
         os.kill(process.pid, signal.SIGKILL)
     record = read(path)

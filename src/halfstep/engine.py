@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep import hardware
-from halfstep.autocast import autocast, float32_precision, store_parameters
+from halfstep.autocast import LOW_PRECISION, autocast, float32_precision, store_parameters
 from halfstep.optim import MasterWeights
 from halfstep.policy import Policy, resolve
 from halfstep.scale import GradScaler, KeptStatistics
@@ -67,7 +67,7 @@ class MixedPrecision:
 
     Raises:
         UnknownPolicyError: no policy has this name.
-        ValueError: the model has no parameters, or its parameters are 16-bit where the policy wants FP32.
+        ValueError: the model has no parameters, or they are in a 16-bit format that the policy does not train.
     """
 
     def __init__(
@@ -85,8 +85,7 @@ class MixedPrecision:
         self.policy, self.reason = resolve(str(policy), hardware.detect(self.device_type))
         self.model = model
         self.optimizer = optimizer
-        if not self.policy.master_weights:
-            _require_float32(model, self.policy)
+        _require_format(model, self.policy)
         self.masters = MasterWeights(optimizer) if self.policy.master_weights else None
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # Parameters that another optimizer trains stay FP32: it has no masters for them. Frozen ones need none.
@@ -170,9 +169,10 @@ class MixedPrecision:
             self.scaler.load_state_dict(state_dict["scaler"])
 
 
-def _require_float32(model: nn.Module, policy: Policy) -> None:
+def _require_format(model: nn.Module, policy: Policy) -> None:
+    stored = policy.compute_dtype if policy.master_weights else torch.float32
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+        if parameter.requires_grad and parameter.dtype in LOW_PRECISION and parameter.dtype is not stored:
             low = str(parameter.dtype).removeprefix("torch.")
             kind = "bf16-master" if parameter.dtype is torch.bfloat16 else "fp16-master"
             raise ValueError(

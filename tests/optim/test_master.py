@@ -3,59 +3,15 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cases import LOW, OPTIMIZERS, feed, fp32_copy, groups_of, make_parameters, tensors_of
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from halfstep.optim import MasterWeights
-
-MakeOptimizer = Callable[[Any], Optimizer]
-OPTIMIZERS: dict[str, MakeOptimizer] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
-    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "sgd-fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01, foreach=False),
-    "adam-foreach": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, foreach=True),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
-    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
-    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
-}
-LOW = [torch.bfloat16, torch.float16]
-
-
-def make_parameters(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
-    """Matrix, vector, 0-d, empty, not contiguous, one FP32 among the 16-bit, frozen, and one that never has a gradient."""
-    torch.manual_seed(seed)
-    values = [torch.randn(4, 3), torch.randn(5), torch.randn(()), torch.randn(0, 2), torch.randn(3, 4).t()]
-    parameters = [nn.Parameter(v.to(dtype)) for v in values]
-    parameters.append(nn.Parameter(torch.randn(3)))
-    parameters.append(nn.Parameter(torch.randn(2).to(dtype), requires_grad=False))
-    parameters.append(nn.Parameter(torch.randn(2).to(dtype)))
-    return parameters
-
-
-def feed(parameters: list[nn.Parameter], step: int) -> None:
-    """The gradients of one step, in each parameter's own format."""
-    generator = torch.Generator().manual_seed(step)
-    for parameter in parameters[:6]:
-        gradient = torch.randn(parameter.shape, generator=generator)
-        parameter.grad = gradient.bfloat16().half().to(parameter.dtype)  # the same value in every format
-
-
-def fp32_copy(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    return [nn.Parameter(p.detach().float().clone(), requires_grad=p.requires_grad) for p in parameters]
-
-
-def groups_of(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    return [{"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.05}]
 
 
 def assert_follows(masters: MasterWeights, parameters: list[nn.Parameter], reference: list[nn.Parameter]) -> None:
@@ -63,11 +19,6 @@ def assert_follows(masters: MasterWeights, parameters: list[nn.Parameter], refer
     for parameter, expected in zip(parameters, reference, strict=True):
         assert torch.equal(masters.of(parameter), expected)
         assert torch.equal(parameter, expected.to(parameter.dtype))
-
-
-def tensors_of(state: Any) -> list[Tensor]:
-    leaves, _ = torch.utils._pytree.tree_flatten(state)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -106,40 +57,6 @@ def test_steps_are_those_of_fp32_parameters_fed_the_same_gradients(name: str, dt
         for key, value in own["state"][index].items():
             if isinstance(value, Tensor):
                 assert value.dtype is torch.float32 and torch.equal(value, expected["state"][index][key])
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_saved_run_continues_as_the_uninterrupted_one(name: str) -> None:
-    def run(parameters: list[nn.Parameter], masters: MasterWeights, steps: range) -> None:
-        for step in steps:
-            feed(parameters, step)
-            masters.step()
-
-    whole = make_parameters(torch.bfloat16)
-    whole_masters = MasterWeights(OPTIMIZERS[name](groups_of(whole)))
-    run(whole, whole_masters, range(5))
-    file = io.BytesIO()
-    torch.save({"optimizer": whole_masters.state_dict(), "model": [p.detach() for p in whole]}, file)
-    saved_copy = copy.deepcopy(whole_masters.state_dict())
-    run(whole, whole_masters, range(5, 10))
-
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed = make_parameters(torch.bfloat16, seed=9)
-    resumed_masters = MasterWeights(OPTIMIZERS[name](groups_of(resumed)))
-    with torch.no_grad():
-        for parameter, value in zip(resumed, saved["model"], strict=True):
-            parameter.copy_(value)
-    resumed_masters.load_state_dict(saved["optimizer"])
-    for one, other in zip(tensors_of(resumed_masters.state_dict()), tensors_of(saved_copy), strict=True):
-        assert one.dtype == other.dtype and torch.equal(one, other)
-    run(resumed, resumed_masters, range(5, 10))
-    for a, b in zip(whole, resumed, strict=True):
-        assert torch.equal(a, b) and torch.equal(whole_masters.of(a), resumed_masters.of(b))
-    for one, other in zip(
-        tensors_of(whole_masters.state_dict()), tensors_of(resumed_masters.state_dict()), strict=True
-    ):
-        assert torch.equal(one, other)
 
 
 def test_bf16_alone_stands_still_where_masters_move() -> None:
@@ -276,44 +193,6 @@ def test_a_model_made_fp32_goes_on_without_masters() -> None:
     assert torch.equal(model.weight, before - 0.5) and len(masters) == 0
 
 
-def test_a_plain_state_is_loaded_with_fp32_moments_and_masters_from_the_parameters() -> None:
-    reference = fp32_copy(make_parameters(torch.bfloat16))
-    plain = torch.optim.AdamW(groups_of(reference), lr=0.01)
-    for step in range(3):
-        feed(reference, step)
-        plain.step()
-    parameters = [nn.Parameter(p.detach().bfloat16()) for p in reference]
-    optimizer = torch.optim.AdamW(groups_of(parameters), lr=0.3)
-    masters = MasterWeights(optimizer)
-    masters.load_state_dict(plain.state_dict())
-    assert optimizer.param_groups[0]["lr"] == 0.01
-    own, theirs = optimizer.state_dict()["state"], plain.state_dict()["state"]
-    for index in theirs:
-        assert all(torch.equal(own[index][k], theirs[index][k]) for k in theirs[index])
-        assert own[index]["exp_avg"].dtype is torch.float32
-    for parameter in parameters:
-        assert torch.equal(masters.of(parameter), parameter.float())
-    feed(parameters, 4)
-    masters.step()
-    assert all(any(key is p for p in parameters) for key in optimizer.state)
-
-
-def test_a_state_that_does_not_fit_changes_nothing() -> None:
-    parameters = make_parameters(torch.bfloat16)
-    masters = MasterWeights(torch.optim.SGD(parameters, lr=0.1, momentum=0.5))
-    feed(parameters, 0)
-    masters.step()
-    state = copy.deepcopy(masters.state_dict())
-    before = copy.deepcopy(state)
-    state["state"][1]["master"] = torch.zeros(2, 2)
-    with pytest.raises(ValueError, match=r"master of parameter 1 has shape \(2, 2\), the parameter \(5,\)"):
-        masters.load_state_dict(state)
-    with pytest.raises(ValueError, match="param"):
-        masters.load_state_dict({**before, "param_groups": before["param_groups"] * 2})
-    for one, other in zip(tensors_of(before), tensors_of(masters.state_dict()), strict=True):
-        assert torch.equal(one, other)
-
-
 def test_adopted_values_keep_what_rounding_cut_off() -> None:
     value = torch.tensor([1.001, -2.0003])
     weight = nn.Parameter(value.bfloat16())
@@ -340,19 +219,3 @@ def test_a_closure_is_evaluated_once_and_lbfgs_refused() -> None:
     assert calls == [torch.bfloat16] and torch.equal(weight, torch.zeros(2).bfloat16())
     with pytest.raises(TypeError, match="LBFGS re-evaluates"):
         MasterWeights(torch.optim.LBFGS([weight])).step(closure)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_go_on_as_the_original_would(copied: Any) -> None:
-    parameters = make_parameters(torch.bfloat16)
-    masters = MasterWeights(torch.optim.AdamW(parameters, lr=0.01))
-    feed(parameters, 0)
-    masters.step()
-    twins, twin_masters = copied((parameters, masters))
-    for step in (1, 2):
-        for group, each in ((parameters, masters), (twins, twin_masters)):
-            feed(group, step)
-            each.step()
-    for one, twin in zip(parameters, twins, strict=True):
-        assert one is not twin and torch.equal(one, twin)
-        assert torch.equal(masters.of(one), twin_masters.of(twin))

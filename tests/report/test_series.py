@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scenarios
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfstep.report import series
@@ -118,6 +118,7 @@ def test_thinned_values_keep_the_extremes_and_the_order(values: list[float], mos
     assert (np.diff(kept) >= 0).all() and set(kept) <= set(values)
 
 
+@settings(max_examples=25, deadline=None)  # drawing takes a tenth of a second
 @given(st.lists(ANY_LOSS | st.none(), min_size=1, max_size=12), st.lists(ANY_LOSS, min_size=1, max_size=12))
 def test_any_losses_can_be_drawn(ours: list[float | None], theirs: list[float]) -> None:
     """Whatever numbers a broken training writes, the figure is drawn without a warning or a coordinate that is none."""

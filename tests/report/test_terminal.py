@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import scenarios
@@ -27,7 +28,7 @@ def test_nothing_is_wider_than_80_columns_and_the_verdict_stands_last(scene) -> 
     assert max(map(len, text.splitlines())) <= 80
     assert "\x1b" not in text
     # Words longer than a line are broken; compare without any white space.
-    assert "".join(text.split()).endswith("".join(scene()[1].verdict.split()))
+    assert "".join(text.split()).endswith("".join(scene()[1].verdict.replace("\udcff", "?").split()))
 
 
 def test_every_number_is_whole() -> None:
@@ -63,7 +64,18 @@ def test_each_optimizer_has_its_line() -> None:
 
 
 def test_markup_in_words_is_not_obeyed() -> None:
-    assert "[red]" in printed(scenarios.hostile())
+    scene = scenarios.hostile()
+    text = "".join(printed(scene).split())
+    (error,) = scene[1].policies[1].errors
+    assert "[red]" in error
+    assert "".join(f"bf16-mixed failed: {error}".replace("\udcff", "?").split()) in text
+
+
+def test_terminal_codes_and_broken_text_do_not_reach_the_terminal() -> None:
+    comparison = replace(scenarios.one_seed()[1], verdict="fp32 \x1b[31mwon\udcff.")
+    text = printed(([], comparison))
+    assert "fp32 [31mwon?." in text
+    text.encode("utf-8")
 
 
 def test_colours_only_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_the_weighted_verdict_keeps_every_character(verdict: str) -> None:
 
 
 def test_the_conclusion_is_told_from_its_evidence() -> None:
-    verdict = "bf16-mixed is faster (1.5 to 1.7), with the same loss: within 0.1. fp32 crashed (A: b. fp32)."
+    verdict = "bf16-mixed is faster (1.5 to 1.7), with the same loss: within 0.1. fp32 crashed (A: b. c)."
     comparison = replace(scenarios.one_seed()[1], verdict=verdict)
     assert wording.weighted(comparison) == [
         [
@@ -88,5 +88,5 @@ def test_the_conclusion_is_told_from_its_evidence() -> None:
             (" with the same loss:", True),
             (" within 0.1.", False),
         ],
-        [("fp32 crashed ", True), ("(A: b. fp32).", False)],
+        [("fp32 crashed ", True), ("(A: b. c).", False)],
     ]

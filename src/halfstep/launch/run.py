@@ -21,7 +21,8 @@ from halfstep.autocast import float32_precision
 from halfstep.launch.patches import Patches
 from halfstep.launch.script import Outcome, load, run
 from halfstep.launch.seeds import seeded
-from halfstep.launch.session import Session, StepLimitReached
+from halfstep.launch.session import Session
+from halfstep.launch.steps import StepLimitReached
 from halfstep.observe import peak_resident_bytes
 from halfstep.policy import Policy, resolve
 from halfstep.record import End, Header, Memory, Notice, RecordWriter, Step
@@ -115,7 +116,7 @@ def run_under_policy(
         reason=reason,
         exit_code=outcome.exit_code,
         outcome=name,
-        steps=session.steps_seen,
+        steps=session.steps.seen,
         skipped=seen.skipped,
         seconds=seconds,
         last_loss=seen.last_loss,
@@ -154,7 +155,7 @@ def _outcome_name(outcome: Outcome) -> str:
 def _closing_notices(session: Session, policy: Policy, outcome: Outcome) -> list[Notice]:
     if outcome.exit_code != 0:
         return []
-    if session.steps_seen == 0:
+    if session.steps.seen == 0:
         what = "backward was never called" if session.backwards_seen == 0 else "no optimizer step was seen"
         return [
             Notice(

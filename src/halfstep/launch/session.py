@@ -15,7 +15,6 @@ import contextlib
 import os
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -30,20 +29,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from halfstep import hardware
 from halfstep.autocast import LOW_PRECISION, autocast, store_parameters, to_float32
-from halfstep.observe import PeakMemory, gradient_norm, resident_bytes
+from halfstep.launch.steps import StepObserver
 from halfstep.optim import MasterWeights
 from halfstep.policy import Policy, resolve
 from halfstep.record import Memory, Notice, Step
 from halfstep.scale import GradScaler, KeptStatistics
 
-#: Memory is measured in the step after this one of the first optimizer: its state exists by then.
-MEMORY_AFTER_STEP = 2
-
 Original = Callable[..., Any]
-
-
-class StepLimitReached(BaseException):
-    """Ends a script after the asked number of steps; not an `Exception`, so that scripts do not swallow it."""
 
 
 class UnsupportedError(RuntimeError):
@@ -77,16 +69,14 @@ class Session:
         self.requested = requested
         self.policy = policy
         self.device_type = device_type
-        self.steps_seen = 0
+        self.steps = StepObserver(write, step_limit)
         self.backwards_seen = 0
         self.forwards_seen = 0
         self._write = write
-        self._step_limit = step_limit
         self._local = threading.local()
         self._noticed: set[str] = set()
         # Standing back is per module; an own GradScaler ends our scaling altogether.
         self._known_modules: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-        self._optimizers: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._stepped: weakref.WeakKeyDictionary[Optimizer, list[int]] = weakref.WeakKeyDictionary()
         self._schedulers: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
         self._masters: weakref.WeakKeyDictionary[Optimizer, MasterWeights] = weakref.WeakKeyDictionary()
@@ -96,11 +86,6 @@ class Session:
         self._unscale: float | None = None  # 1 / loss scale, while a scaled backward runs
         self._update_due = False
         self._statistics = KeptStatistics()
-        self._losses: list[Tensor] = []
-        self._clipped_norms: list[tuple[set[int], Any]] = []
-        self._memory: PeakMemory | None = None
-        self._last_end: dict[int, float] = {}
-        self._step_number: dict[int, int] = {}
 
     # ------------------------------------------------------------------ forward
 
@@ -157,7 +142,7 @@ class Session:
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         given = [grad_tensors] if isinstance(grad_tensors, Tensor) or grad_tensors is None else list(grad_tensors)
         given += [None] * (len(roots) - len(given))
-        self._observe_loss(roots, given)
+        self.steps.loss(roots, given)
         if not self._scaling:
             return original(tensors, grad_tensors, *args, **kwargs)
         for optimizer in list(self._stepped):  # parameters may have been unfrozen since they were last looked at
@@ -200,17 +185,16 @@ class Session:
         if getattr(self._local, "in_own_scaler", False):  # own_scaler_step records, once it knows of a skip
             return original(optimizer, *args, **kwargs)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        grad_norm = self._gradient_norm(parameters)
-        if self._memory is not None:
-            self._name_memory(parameters)
+        grad_norm = self.steps.norm(parameters)
+        self.steps.starts(parameters)
         self._local.in_step = True
         try:
             result, applied, scale = self._stepped_by_policy(original, optimizer, parameters, args, kwargs)
         finally:
             self._local.in_step = False
         if grad_norm is None:  # a closure has made the gradients only now
-            grad_norm = self._gradient_norm(parameters)
-        self._record_step(optimizer, applied, scale, grad_norm)
+            grad_norm = self.steps.norm(parameters)
+        self._ended(optimizer, applied, scale, grad_norm)
         return result
 
     def scheduler_step(self, original: Original, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -258,7 +242,7 @@ class Session:
         norm = original(parameters, *args, **kwargs)
         norm_type = args[1] if len(args) > 1 else kwargs.get("norm_type", 2.0)
         if float(norm_type) == 2.0:
-            self._clipped_norms.append(({id(p) for p in parameters}, norm))
+            self.steps.clipped(parameters, norm)
         return norm
 
     def own_scale(self, original: Original, scaler: torch.amp.GradScaler, outputs: Any) -> Any:
@@ -285,8 +269,7 @@ class Session:
             return original(scaler, optimizer, *args, **kwargs)
         scale = scaler.get_scale()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if self._memory is not None:
-            self._name_memory(parameters)
+        self.steps.starts(parameters)
         self._local.in_own_scaler = True
         try:
             result = original(scaler, optimizer, *args, **kwargs)
@@ -296,14 +279,12 @@ class Session:
         applied = not any(bool(found_inf.item()) for found_inf in found.values())
         # A fused optimizer unscales inside its kernel and leaves .grad scaled: no norm then, unless clipping gave it.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self._record_step(optimizer, applied, scale, self._gradient_norm(parameters, only_clipped=fused))
+        self._ended(optimizer, applied, scale, self.steps.norm(parameters, only_clipped=fused))
         return result
 
     def close(self) -> None:
         """Leave nothing behind: hooks on the script's tensors go, a started memory measurement ends."""
-        if self._memory is not None:
-            self._memory.finish(0)
-            self._memory = None
+        self.steps.close()
         for handle in self._hooked.values():  # type: ignore[no-untyped-call]  # torch's own class lacks annotations
             handle.remove()
 
@@ -396,11 +377,6 @@ class Session:
             self._scaler = GradScaler(loss.device.type)
         return self._scaler
 
-    def _observe_loss(self, roots: list[Tensor], given: list[Tensor | None]) -> None:
-        for root, gradient in zip(roots, given, strict=True):
-            value = root.detach().float()
-            self._losses.append((value if gradient is None else value * gradient.detach()).sum())
-
     def _stepped_by_policy(
         self, original: Original, optimizer: Optimizer, parameters: list[Tensor], args: Any, kwargs: Any
     ) -> tuple[Any, bool, float | None]:
@@ -438,70 +414,11 @@ class Session:
             masters.cast_back()
         return (loss if closure is not None else result), applied, scale
 
-    def _gradient_norm(self, parameters: list[Tensor], only_clipped: bool = False) -> float | None:
-        mine = {id(p) for p in parameters if p.grad is not None}
-        for clipped, norm in reversed(self._clipped_norms):
-            if mine and mine <= clipped:
-                return float(norm)
-        return None if only_clipped else gradient_norm(parameters)
-
-    def _record_step(self, optimizer: Optimizer, applied: bool, scale: float | None, grad_norm: float | None) -> None:
-        index = self._optimizers.setdefault(optimizer, len(self._optimizers))
-        number = self._step_number[index] = self._step_number.get(index, 0) + 1
-        self.steps_seen += 1
+    def _ended(self, optimizer: Optimizer, applied: bool, scale: float | None, grad_norm: float | None) -> None:
         counts = self._stepped.setdefault(optimizer, [0, 0])
         counts[0] += 1
         counts[1] += applied
-        loss = float(torch.stack([x.cpu() for x in self._losses]).sum()) if self._losses else None
-        self._losses.clear()
-        self._clipped_norms.clear()
-        on_cuda = self.device_type == "cuda"
-        if on_cuda:
-            torch.cuda.synchronize()  # else the time would be that of queueing kernels
-        now = time.perf_counter()
-        seconds = now - self._last_end[index] if index in self._last_end else None
-        tracked = self._memory is not None
-        step = Step(
-            step=number,
-            optimizer=index,
-            loss=loss,
-            seconds=seconds,
-            applied=applied,
-            scale=scale,
-            grad_norm=grad_norm,
-            rss_bytes=resident_bytes(),
-            device_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
-            tracked=tracked,
-        )
-        self._write(step)
-        if index == 0:
-            self._measure_memory(number)
-            if self._step_limit is not None and number >= self._step_limit:
-                raise StepLimitReached
-        # Our own work between two steps is not the script's time.
-        self._last_end = {key: at + time.perf_counter() - now for key, at in self._last_end.items()}
-        self._last_end[index] = time.perf_counter()
-
-    def _measure_memory(self, step: int) -> None:
-        if self._memory is not None:
-            measured, self._memory = self._memory.finish(step), None
-            self._write(measured)
-        elif step == MEMORY_AFTER_STEP and PeakMemory.can_start():
-            self._memory = PeakMemory()
-            self._memory.start()
-            for optimizer in self._optimizers:
-                self._name_memory([p for group in optimizer.param_groups for p in group["params"]], optimizer)
-
-    def _name_memory(self, parameters: list[Tensor], optimizer: Optimizer | None = None) -> None:
-        assert self._memory is not None
-        self._memory.name("parameters", parameters)
-        self._memory.name("gradients", [p.grad for p in parameters if p.grad is not None])
-        if optimizer is not None:
-            state = [t for values in optimizer.state.values() for t in tree_leaves(values) if isinstance(t, Tensor)]
-            self._memory.name("optimizer state", state)
-            masters = self._masters.get(optimizer)
-            if masters is not None:
-                self._memory.name("master weights", masters.masters())
+        self.steps.ended(optimizer, applied, scale, grad_norm, self.device_type, self._masters.get(optimizer))
 
     def _notice(self, code: str, message: str, where: str | None = None) -> None:
         if code not in self._noticed:

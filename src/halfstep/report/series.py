@@ -21,6 +21,7 @@ from halfstep.record import RunRecord
 Array = NDArray[np.float64]
 
 MAX_POINTS = 240  #: points per drawn loss curve
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class LossCurves:
     def differences(self, policy: str, baseline: str) -> list[Array]:
         """Policy minus baseline for every seed that both have run."""
         base = self.runs.get(baseline, {})
-        with np.errstate(over="ignore"):
-            return [losses - base[key] for key, losses in self.runs[policy].items() if key in base]
+        return [losses - base[key] for key, losses in self.runs[policy].items() if key in base]
 
 
 def runs_by_policy(records: Iterable[RunRecord], comparison: Comparison) -> dict[str, list[RunRecord]]:
@@ -71,9 +71,13 @@ def optimizers(records: Iterable[RunRecord]) -> list[int]:
 
 
 def losses(record: RunRecord, optimizer: int) -> Array:
-    """Loss at each step of one optimizer; NaN where a step had none."""
+    """Loss at each step of one optimizer; NaN where a step had none.
+
+    Finite values stop at ±10^100: no picture tells them from larger ones, and their squares do not overflow.
+    """
     values = [math.nan if s.loss is None else s.loss for s in record.steps if s.optimizer == optimizer]
-    return np.array(values, dtype=np.float64)
+    array = np.array(values, dtype=np.float64)
+    return np.where(np.isfinite(array), np.clip(array, -_LARGEST, _LARGEST), array)
 
 
 def group_means(values: Array, size: int) -> Array:
@@ -96,8 +100,7 @@ def over_seeds(runs: Sequence[Array]) -> Band:
     finite = np.isfinite(stack)
     count = finite.sum(axis=0)
     none = count == 0
-    # Divided before summed: a diverging loss near the largest float must not overflow in the sum.
-    mean = (np.where(finite, stack, 0.0) / np.maximum(count, 1)).sum(axis=0)
+    mean = np.where(finite, stack, 0.0).sum(axis=0) / np.maximum(count, 1)
     low = np.where(finite, stack, math.inf).min(axis=0)
     high = np.where(finite, stack, -math.inf).max(axis=0)
     return Band(*(np.where(none, math.nan, values) for values in (mean, low, high)))
@@ -156,11 +159,8 @@ def seed_deviation(runs: Sequence[Array]) -> Array | None:
     shown = np.isfinite(stack).sum(axis=0) >= 2
     centred = stack - over_seeds(runs).mean
     count = np.isfinite(stack).sum(axis=0)
-    with np.errstate(over="ignore"):
-        squares = np.where(np.isfinite(centred), centred, 0.0) ** 2
-        variance = np.where(shown, squares.sum(axis=0) / np.maximum(count - 1, 1), 0.0)
-    shown &= np.isfinite(variance)
-    variance = np.where(shown, variance, 0.0)
+    squares = np.where(np.isfinite(centred), centred, 0.0) ** 2
+    variance = np.where(shown, squares.sum(axis=0) / np.maximum(count - 1, 1), 0.0)
     width = max(1, len(variance) // 12) | 1
     window = np.ones(width)
     total = np.convolve(variance, window)[width // 2 :][: len(variance)]

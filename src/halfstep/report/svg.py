@@ -110,6 +110,11 @@ def panel(figure: Figure, *, left: float, top: float, right: float, height: floa
     return axes
 
 
+def drawable(text: str) -> str:
+    """``text`` without what neither XML nor matplotlib can hold: control characters and halves of surrogate pairs."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _draw(name: str, label: str, width: float, height: float, paint: Callable[[Figure], None]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
@@ -149,7 +154,7 @@ def _for_page(text: str, name: str, label: str) -> str:
     text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
     view_box = re.search(r'viewBox="[^"]*"', text)
     assert view_box is not None, "matplotlib wrote an SVG without viewBox"
-    title = _attribute(label)
+    title = _attribute(drawable(label))
     text = re.sub(r"<svg[^>]*>", lambda _: f'<svg {view_box[0]} role="img" aria-label="{title}">', text, count=1)
     return re.sub(r"\s*\n\s*", "\n", text).strip()
 

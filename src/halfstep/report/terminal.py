@@ -44,7 +44,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     for result in comparison.policies:
         remarks += [(f"{result.policy}, {what}", why, "cyan") for what, why in wording.unsaid(result, comparison)]
     for who, what, style in remarks:
-        remark = Text.assemble((f"{who}: ", style), what)
+        remark = Text.assemble((f"{who}: ", style), _harmless(what))
         console.print(remark, width=width, overflow="fold")
     if remarks:
         console.print()
@@ -52,7 +52,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         if place:
             console.print()
         style = "bold yellow" if comparison.findings else "bold"
-        text = Text.assemble(*((part, style if is_main else "") for part, is_main in sentence))
+        text = Text.assemble(*((_harmless(part), style if is_main else "") for part, is_main in sentence))
         console.print(text, width=width, overflow="fold")
 
 
@@ -110,6 +110,11 @@ def _difference(quality: Quality, is_baseline: bool) -> Text:
 
 def _no_quality(several: bool) -> tuple[Text, Text, Text]:
     return (Text(),) * 3 if several else (_cell("–"), _cell("–"), _cell("–"))
+
+
+def _harmless(text: str) -> str:
+    """An error message may carry terminal codes of the program that wrote it, or bytes that are no text."""
+    return text.replace("\x1b", "").encode("utf-8", errors="replace").decode()
 
 
 def _cell(above: str, below: str = "", style: str = "", style_below: str = "dim") -> Text:

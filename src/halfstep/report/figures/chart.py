@@ -76,7 +76,7 @@ def text_at(
     ``backed`` lays the text on the page's ground, so that no grid line crosses it.
     """
     axes.annotate(
-        text,
+        svg.drawable(text),
         (x, y),
         xycoords=("axes fraction" if of_axes else "data", "data"),
         xytext=(dx, 0),

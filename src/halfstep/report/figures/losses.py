@@ -246,7 +246,7 @@ def _line(axes: Axes, steps: Array, band: Band, look: Look, limits: tuple[float,
 
 def _panel_title(axes: Axes, text: str) -> None:
     axes.annotate(
-        text,
+        svg.drawable(text),
         (0, 1),
         xycoords="axes fraction",
         xytext=(-_LEFT, 12),

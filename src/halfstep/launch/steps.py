@@ -1,0 +1,134 @@
+"""What is seen of a script's steps: losses, norms, times, and the memory of one of them, written as they happen."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from halfstep.observe import PeakMemory, gradient_norm, resident_bytes
+from halfstep.optim import MasterWeights
+from halfstep.record import Memory, Notice, Step
+
+#: Memory is measured in the step after this one of the first optimizer: its state exists by then.
+MEMORY_AFTER_STEP = 2
+
+
+class StepLimitReached(BaseException):
+    """Ends a script after the asked number of steps; not an `Exception`, so that scripts do not swallow it."""
+
+
+class StepObserver:
+    """Counts, times and records optimizer steps.
+
+    Args:
+        write: takes each step and the memory measurement.
+        step_limit: raise `StepLimitReached` after so many steps of the first optimizer.
+    """
+
+    def __init__(self, write: Callable[[Step | Memory | Notice], None], step_limit: int | None) -> None:
+        self.seen = 0
+        self._write = write
+        self._step_limit = step_limit
+        self._index: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._number: dict[int, int] = {}
+        self._last_end: dict[int, float] = {}
+        self._losses: list[Tensor] = []
+        self._clipped: list[tuple[set[int], Any]] = []
+        self._memory: PeakMemory | None = None
+
+    def loss(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """A backward starts from ``roots``; what it differentiates is their sum, weighted by given gradients."""
+        for root, gradient in zip(roots, gradients, strict=True):
+            value = root.detach().float()
+            self._losses.append((value if gradient is None else value * gradient.detach()).sum())
+
+    def clipped(self, parameters: Sequence[Tensor], norm: Any) -> None:
+        """The script clipped these parameters' gradients, whose 2-norm was ``norm``."""
+        self._clipped.append(({id(p) for p in parameters}, norm))
+
+    def norm(self, parameters: Sequence[Tensor], only_clipped: bool = False) -> float | None:
+        """The gradients' 2-norm before clipping: as the script's clipping found it, else measured."""
+        mine = {id(p) for p in parameters if p.grad is not None}
+        for clipped, norm in reversed(self._clipped):
+            if mine and mine <= clipped:
+                return float(norm)
+        return None if only_clipped else gradient_norm(parameters)
+
+    def starts(self, parameters: Sequence[Tensor]) -> None:
+        """A step starts: what are gradients now was anonymous when backward made it."""
+        if self._memory is not None:
+            self._name(self._memory, parameters)
+
+    def ended(
+        self,
+        optimizer: Optimizer,
+        applied: bool,
+        scale: float | None,
+        grad_norm: float | None,
+        device_type: str,
+        masters: MasterWeights | None = None,
+    ) -> None:
+        """A step was made or skipped: record it."""
+        index = self._index.setdefault(optimizer, len(self._index))
+        number = self._number[index] = self._number.get(index, 0) + 1
+        self.seen += 1
+        loss = float(torch.stack([x.cpu() for x in self._losses]).sum()) if self._losses else None
+        self._losses.clear()
+        self._clipped.clear()
+        on_cuda = device_type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize()  # else the time would be that of queueing kernels
+        now = time.perf_counter()
+        step = Step(
+            step=number,
+            optimizer=index,
+            loss=loss,
+            seconds=now - self._last_end[index] if index in self._last_end else None,
+            applied=applied,
+            scale=scale,
+            grad_norm=grad_norm,
+            rss_bytes=resident_bytes(),
+            device_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
+            tracked=self._memory is not None,
+        )
+        self._write(step)
+        if index == 0:
+            self._measure_memory(number, masters)
+            if self._step_limit is not None and number >= self._step_limit:
+                raise StepLimitReached
+        # Our own work between two steps is not the script's time.
+        ours = time.perf_counter() - now
+        self._last_end = {key: at + ours for key, at in self._last_end.items()}
+        self._last_end[index] = time.perf_counter()
+
+    def close(self) -> None:
+        """End a memory measurement that was started."""
+        if self._memory is not None:
+            self._memory.finish(0)
+            self._memory = None
+
+    def _measure_memory(self, step: int, masters: MasterWeights | None) -> None:
+        if self._memory is not None:
+            measured, self._memory = self._memory.finish(step), None
+            self._write(measured)
+        elif step == MEMORY_AFTER_STEP and PeakMemory.can_start():
+            self._memory = PeakMemory()
+            self._memory.start()
+            for optimizer in self._index:
+                self._name(self._memory, [p for group in optimizer.param_groups for p in group["params"]])
+                state = [t for values in optimizer.state.values() for t in tree_leaves(values) if isinstance(t, Tensor)]
+                self._memory.name("optimizer state", state)
+            if masters is not None:
+                self._memory.name("master weights", masters.masters())
+
+    @staticmethod
+    def _name(memory: PeakMemory, parameters: Sequence[Tensor]) -> None:
+        memory.name("parameters", parameters)
+        memory.name("gradients", [p.grad for p in parameters if p.grad is not None])
