@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import pytest
@@ -45,10 +45,11 @@ class Slotted:
 @dataclass
 class Derived:
     logits: Any
-    double: Any = field(init=False)
+    factor: InitVar[int]  # known only while it is constructed
+    product: Any = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.double = self.logits * 2
+    def __post_init__(self, factor: int) -> None:
+        self.product = self.logits * factor
 
 
 @dataclass
@@ -162,9 +163,9 @@ def test_any_nesting_keeps_its_structure_and_what_has_nothing_to_cast_its_identi
 
 
 def test_dataclasses_are_not_constructed_again() -> None:
-    derived = Derived(low(2))
+    derived = Derived(low(2), 2)
     out = to_float32(derived)
-    assert torch.equal(out.double, derived.double.float()) and out.logits.dtype is torch.float32
+    assert torch.equal(out.product, derived.product.float()) and out.logits.dtype is torch.float32
     assert derived.logits.dtype is torch.bfloat16  # the original is left alone
     assert to_float32(Picky(low(2))).logits.dtype is torch.float32
     assert to_float32(Slotted(low(2))).logits.dtype is torch.float32

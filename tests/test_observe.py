@@ -83,6 +83,16 @@ def test_what_was_freed_before_the_peak_is_not_in_it() -> None:
     assert own(memory) == {ACTIVATIONS: FLOAT * (small + large)}
 
 
+def test_of_two_equal_peaks_the_first_names_the_op() -> None:
+    def step() -> None:
+        a = torch.zeros(9)
+        del a
+        b = torch.ones(9)
+        del b
+
+    assert measure(step, dict).at_op == "aten.zeros.default"
+
+
 def test_views_and_in_place_results_are_counted_once() -> None:
     def step() -> None:
         a = torch.zeros(100, 10)

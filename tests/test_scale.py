@@ -237,6 +237,16 @@ def test_skipping_for_ever_ends_with_the_right_diagnosis(bad_loss: int | None) -
     assert scaler.step_was_applied and scaler.skipped_steps == 5
 
 
+def test_a_loss_that_was_not_finite_before_the_last_update_is_not_blamed() -> None:
+    scaler = GradScaler("cpu", max_skipped=2)
+    weight, optimizer = problem()
+    scaler.scale(weight.sum() * math.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    with pytest.raises(LossScaleError, match="The loss is finite, its gradients are not"):
+        iterate(scaler, weight, optimizer, overflow=True)
+
+
 def test_skips_that_are_not_in_a_row_are_no_error() -> None:
     scaler = GradScaler("cpu", max_skipped=2)
     weight, optimizer = problem()
@@ -309,5 +319,10 @@ def test_running_statistics_are_put_back_bit_for_bit() -> None:
     kept.keep(model)
     kept.forget()
     model(torch.randn(5, 4, 3))
+    kept.keep(model.a)
+    within = model.a.running_var.clone() if model.a.running_var is not None else None
+    model(torch.randn(5, 4, 3))
+    kept.keep(model)  # a part was remembered before the whole
     kept.restore()
+    assert within is not None and model.a.running_var is not None and torch.equal(model.a.running_var, within)
     assert not torch.equal(model.a.running_mean, moved["a.running_mean"])

@@ -178,6 +178,19 @@ def test_only_the_optimizer_with_the_overflow_skips() -> None:
             assert scaler.get_scale() == 32.0 and scaler.skipped_steps == 1
 
 
+def test_the_flag_of_the_last_step_outlives_the_update() -> None:
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    first, second = (torch.optim.SGD([w], lr=0.5) for w in weights)
+    scaler = GradScaler("cpu", 64.0)
+    scaler.scale(weights[0].sum() + weights[1].sum() * math.inf).backward()
+    scaler.unscale_(first)
+    scaler.step(second)
+    assert not scaler.step_was_applied
+    scaler.step(first)
+    scaler.update()  # PyTorch adds up the optimizers' findings in place
+    assert scaler.step_was_applied and torch.equal(weights[0], torch.full((2,), 0.5))
+
+
 @pytest.mark.parametrize("overflow", [False, True])
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.SparseAdam])
 def test_sparse_gradients_are_unscaled_and_checked(make: Any, overflow: bool) -> None:

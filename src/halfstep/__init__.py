@@ -1,7 +1,5 @@
 """halfstep: mixed-precision training of PyTorch models: automatic, measured, explained."""
 
-__version__ = "0.1.0"
-
 from halfstep.autocast import autocast
 from halfstep.engine import MixedPrecision, StepResult
 from halfstep.hardware import DeviceFacts, DeviceUnavailableError, detect
@@ -9,6 +7,7 @@ from halfstep.optim import MasterWeights
 from halfstep.policy import POLICIES, Policy, UnknownPolicyError, choose
 from halfstep.policy import parse as parse_policy
 from halfstep.scale import GradScaler, LossScaleError
+from halfstep.version import __version__
 
 __all__ = [
     "POLICIES",

@@ -22,6 +22,8 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from halfstep.version import __version__
+
 DeviceType = Literal["cpu", "cuda", "mps", "xpu"]
 Support = Literal["native", "emulated", "slow", "missing", "unknown"]
 DEVICE_TYPES: tuple[DeviceType, ...] = ("cpu", "cuda", "mps", "xpu")
@@ -82,8 +84,6 @@ def detect(device_type: str | None = None) -> DeviceFacts:
 def environment(facts: DeviceFacts) -> dict[str, Any]:
     """What a run record keeps of machine and versions (JSON values; no names of people, hosts or folders)."""
     import numpy
-
-    from halfstep import __version__
 
     return {
         "halfstep": __version__,

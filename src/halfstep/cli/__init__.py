@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from halfstep import __version__
 from halfstep.cli import check, compare, demo, report, run
+from halfstep.version import __version__
 
 app = typer.Typer(
     name="halfstep",
