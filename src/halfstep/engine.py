@@ -35,10 +35,11 @@ import torch
 from torch import Tensor, nn
 
 from halfstep import hardware
-from halfstep.autocast import LOW_PRECISION, autocast, float32_precision, store_parameters
+from halfstep.autocast import LOW_PRECISION, autocast, float32_precision, keep_fp32, recomputation, store_parameters
+from halfstep.autocast.explanation import Explanation, explain
 from halfstep.optim import MasterWeights
 from halfstep.policy import Policy, resolve
-from halfstep.scale import GradScaler, KeptStatistics
+from halfstep.scale import GradScaler
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ class MixedPrecision:
         policy: the policy in effect.
         reason: why this policy.
         scaler: the loss scaler; disabled where the policy does not scale.
+        islands: the modules that the policy keeps in FP32; ``islands.remove()`` makes them ordinary again.
 
     Raises:
         UnknownPolicyError: no policy has this name.
+        NoSuchModuleError: a ``keep_fp32`` pattern matches no module.
         ValueError: the model has no parameters, or they are in a 16-bit format that the policy does not train.
     """
 
@@ -86,6 +89,7 @@ class MixedPrecision:
         self.model = model
         self.optimizer = optimizer
         _require_format(model, self.policy)
+        self.islands = keep_fp32(model, self.policy.keep_fp32, self.device_type)
         self.masters = MasterWeights(optimizer) if self.policy.master_weights else None
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # Parameters that another optimizer trains stay FP32: it has no masters for them. Frozen ones need none.
@@ -96,13 +100,13 @@ class MixedPrecision:
         if scaler is not None and not self.policy.loss_scaling:
             raise ValueError(f"{self.policy} does not scale the loss: a scaler would only cost a pass over memory")
         self.scaler = scaler or GradScaler(self.device_type, enabled=self.policy.loss_scaling)
-        self._statistics = KeptStatistics()
+        self.scaler.watch(model)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         """The context for the forward pass and the loss."""
         if self.policy.loss_scaling and self.model.training and torch.is_grad_enabled():
-            self._statistics.keep(self.model)
+            self.scaler.keep_statistics(self.model)
         with float32_precision(self.policy), autocast(self.policy, self.device_type):
             yield
 
@@ -112,7 +116,7 @@ class MixedPrecision:
         Args:
             kwargs: ``retain_graph``, ``create_graph``, ``inputs``, as in `torch.Tensor.backward`.
         """
-        with float32_precision(self.policy):
+        with float32_precision(self.policy), recomputation(self.policy, self.device_type):
             self.scaler.scale(loss).backward(**kwargs)
 
     def step(self, *, max_grad_norm: float | None = None, zero_grad: bool = True) -> StepResult:
@@ -138,15 +142,24 @@ class MixedPrecision:
                 grad_norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
             self.scaler.step(self.optimizer)
         applied = self.scaler.step_was_applied
-        if not applied:
-            self._statistics.restore()
-        elif masters is not None:
+        if applied and masters is not None:
             masters.cast_back()
-        self._statistics.forget()
         if zero_grad:
             self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         return StepResult(applied, scale, grad_norm)
+
+    def explain(self, *batch: Any, **kwargs: Any) -> Explanation:
+        """Which op runs in which format, how often and in which module, in a forward pass of ``model(*batch)``.
+
+        Changes nothing: no gradients, and buffers and random number generators are put back. ``print`` it.
+        """
+
+        def run() -> None:
+            with self.autocast():
+                self.model(*batch, **kwargs)
+
+        return explain(self.model, run, str(self.policy))
 
     def state_dict(self) -> dict[str, Any]:
         """Policy, optimizer with masters, and loss scale: tensors and plain values, for ``torch.save``."""

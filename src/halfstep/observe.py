@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
@@ -96,7 +97,9 @@ class PeakMemory(TorchDispatchMode):
         try:
             storage = tensor.untyped_storage()
             size = storage.nbytes()
-        except (RuntimeError, NotImplementedError):  # meta-like and sparse tensors have no storage to count
+        except (RuntimeError, NotImplementedError):  # sparse and other tensors without a storage
+            return None
+        if not isinstance(size, int) or isinstance(tensor, FakeTensor):  # of a compiler at work: no bytes behind it
             return None
         key = storage._cdata
         number = self._number.get(key)
@@ -119,6 +122,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> float | None:
     gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     if not gradients:
         return None
+    gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
     gradients = [g.float() if g.dtype in (torch.float16, torch.bfloat16) else g for g in gradients]
     return float(torch.nn.utils.get_total_norm(gradients))
 

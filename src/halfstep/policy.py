@@ -16,33 +16,99 @@ fp16-master fp16 (²)  autocast to fp16     fp32         dynamic
 ========== ========== ==================== ============ =============
 
 (¹) the FP32 parameters are the masters. (²) normalisation layers stay FP32.
+
+Options follow the name, fields separated by ``:`` and items by ``+``, in this order when written::
+
+    bf16-mixed:keep_fp32=blocks.*.mlp.wo+head:fp32_ops=softmax:low_ops=cumsum:rules=cuda:emulate
+
+Neither commas (which separate policies), spaces nor shell operators: the text goes unquoted, but for ``*``, wherever a
+name goes. A character of a pattern that means something here is written as ``%`` and its two hexadecimal digits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import functools
+import re
+import string
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
+from urllib.parse import unquote
 
 import torch
 
 from halfstep.hardware import DeviceFacts
 
+Rules = Literal["torch", "cuda"]
+
+#: What a policy computes in: its 16-bit format, or FP32.
+_FORMAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_LISTS = ("keep_fp32", "fp32_ops", "low_ops")
+
 
 class UnknownPolicyError(ValueError):
-    """No policy has this name; the message lists those that exist."""
+    """This text names no policy; the message lists those that exist."""
+
+
+class PolicyOptionError(UnknownPolicyError):
+    """A policy's option cannot be: an unknown op or option, or one that has nothing to act on."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which format where, and whether the loss is scaled."""
+    """Which format where, and whether the loss is scaled.
+
+    Lists may be given for the fields of several items; they are kept as tuples. Op names are PyTorch's own
+    (``softmax``, ``layer_norm``, ``aten::mm``; one overload as ``softmax.int``).
+
+    Raises:
+        PolicyOptionError: an op that PyTorch does not have or that is in both lists, an empty pattern, or an option for
+            lowered computation on a policy that lowers nothing.
+    """
 
     name: str
     compute_dtype: torch.dtype = torch.float32  #: what autocast lowers matrix products to; float32: no autocast
     tf32: bool = False  #: float32 matrix products may run in TF32
     master_weights: bool = False  #: parameters are kept in compute_dtype, with FP32 masters in the optimizer
     loss_scaling: bool = False  #: dynamic, because gradients of this format underflow
+    keep_fp32: tuple[str, ...] = ()  #: module-path globs that stay FP32: parameters and computation
+    fp32_ops: tuple[str, ...] = ()  #: ops that compute in FP32, whatever the rules say
+    low_ops: tuple[str, ...] = ()  #: ops that compute in compute_dtype, whatever the rules say
+    rules: Rules = "torch"  #: autocast lists: the device's own, or CUDA's on every device
+    emulate: bool = False  #: round around FP32 arithmetic instead of using 16-bit kernels
+
+    def __post_init__(self) -> None:
+        for field in ("keep_fp32", "fp32_ops", "low_ops"):
+            given = getattr(self, field)
+            items = (given,) if isinstance(given, str) else tuple(given)
+            if field != "keep_fp32":
+                items = tuple(item.removeprefix("aten::") for item in items)
+            object.__setattr__(self, field, items)
+        self._check()
+
+    def _check(self) -> None:
+        if self.rules not in get_args(Rules):
+            raise PolicyOptionError(f"rules are {' or '.join(get_args(Rules))}, not {self.rules!r}")
+        if not all(self.keep_fp32):
+            raise PolicyOptionError("keep_fp32 holds an empty pattern; give module paths such as blocks.*.mlp.wo")
+        listed: dict[str, str] = {}
+        for field in ("fp32_ops", "low_ops"):
+            for name in getattr(self, field):
+                for overload in overloads(name):
+                    if listed.setdefault(overload, field) != field:
+                        raise PolicyOptionError(f"op {name!r} is in fp32_ops and in low_ops: it can only run in one")
+        used = [field for field, _ in self._written()]
+        if used and not self.lowers:
+            raise PolicyOptionError(f"{self.name} lowers nothing, so {', '.join(used)} would have no effect")
 
     def __str__(self) -> str:
-        return self.name
+        return ":".join([self.name, *(f"{field}={text}" if text else field for field, text in self._written())])
+
+    def _written(self) -> list[tuple[str, str]]:
+        """The options that differ from a plain policy's, with their text; the text of a flag is empty."""
+        found = [(field, "+".join(_quote(item) for item in getattr(self, field))) for field in _LISTS]
+        found.append(("rules", self.rules if self.rules != "torch" else ""))
+        return [(field, text) for field, text in found if text] + ([("emulate", "")] if self.emulate else [])
 
     @property
     def compute(self) -> str:
@@ -54,8 +120,6 @@ class Policy:
         """Whether autocast has anything to do."""
         return self.compute_dtype is not torch.float32
 
-
-_FORMAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 POLICIES: dict[str, Policy] = {
     policy.name: policy
@@ -71,19 +135,52 @@ POLICIES: dict[str, Policy] = {
 
 
 def parse(text: str) -> Policy:
-    """The policy of this name.
+    """The policy that this text means: a name, and options after it.
+
+    >>> parse("bf16-mixed:rules=cuda:keep_fp32=head").keep_fp32
+    ('head',)
 
     Raises:
         UnknownPolicyError: no such name ("auto" is not a policy but the question; see `choose`).
+        PolicyOptionError: an option that does not exist, stands twice, or cannot be.
     """
+    name, options = _split(text)
     try:
-        return POLICIES[text.strip()]
+        policy = POLICIES[name]
     except KeyError:
-        import difflib
-
-        near = difflib.get_close_matches(text.strip(), POLICIES, n=1)
+        near = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UnknownPolicyError(f"unknown policy {text!r}.{hint} Known: auto, {', '.join(POLICIES)}.") from None
+        raise UnknownPolicyError(f"unknown policy {name!r}.{hint} Known: auto, {', '.join(POLICIES)}.") from None
+    return replace(policy, **options) if options else policy
+
+
+@functools.cache
+def overloads(op: str) -> tuple[str, ...]:
+    """The overloads of PyTorch that an op's name means, as ``aten::softmax.int``; those that write into arguments not.
+
+    Raises:
+        PolicyOptionError: PyTorch has no such op (near misses are named), or only ones that write into arguments.
+    """
+    name = op if "::" in op else f"aten::{op}"
+    named = [known for known in _known_ops() if known == name or ("." not in name and known.startswith(f"{name}."))]
+    if not named:
+        names = sorted({known.partition(".")[0].removeprefix("aten::") for known in _known_ops()})
+        near = difflib.get_close_matches(op.partition(".")[0], names, n=3)
+        near += [n for n in names if n.startswith(f"{op}_") and n not in near][:2]
+        hint = f" Near: {', '.join(near)}." if near else ""
+        raise PolicyOptionError(f"PyTorch {torch.__version__} has no op {op!r}.{hint}")
+    fit = []
+    for known in named:
+        schema = torch._C._get_schema(*_name_and_overload(known))
+        takes_tensors = any("Tensor" in str(argument.type) for argument in schema.arguments)
+        if takes_tensors and not schema.is_mutable:
+            fit.append(known)
+    if not fit:
+        raise PolicyOptionError(
+            f"op {op!r} writes into its arguments or takes no tensors, so its inputs cannot be cast; "
+            f"name the op that returns a new tensor{f', {op[:-1]!r}' if op.endswith('_') else ''}"
+        )
+    return tuple(fit)
 
 
 def choose(facts: DeviceFacts) -> tuple[Policy, str]:
@@ -107,18 +204,76 @@ def choose(facts: DeviceFacts) -> tuple[Policy, str]:
 def resolve(text: str, facts: DeviceFacts) -> tuple[Policy, str]:
     """The policy in effect on a device for what was asked, and why.
 
-    "auto" is chosen by `choose`. A named policy is taken as asked, with a word about what the device makes of it;
-    ``tf32`` on a device without TF32 computes in FP32, and is reported as the ``fp32`` that it is.
+    "auto" is chosen by `choose`; options after it hold if the chosen policy lowers anything. A named policy is taken as
+    asked, with a word about what the device makes of it; ``tf32`` on a device without TF32 computes in FP32, and is
+    reported as the ``fp32`` that it is.
 
     Raises:
         UnknownPolicyError: no such name.
+        PolicyOptionError: no such option.
     """
-    if text.strip() == "auto":
-        return choose(facts)
+    name, options = _split(text)
+    if name == "auto":
+        policy, reason = choose(facts)
+        if not options:
+            return policy, reason
+        replace(POLICIES["bf16-mixed"], **options)  # a wrong option is one on every device
+        if policy.lowers:
+            return replace(policy, **options), reason
+        return policy, f"{reason}; {', '.join(options)} would have no effect on it"
     policy = parse(text)
     support = facts.formats[policy.compute]
     if policy.compute == "tf32" and support.support == "missing":
         return POLICIES["fp32"], f"tf32 was asked for, but is missing here ({support.because}): this is fp32"
+    if policy.emulate:
+        return policy, f"as asked; {policy.compute} is emulated by rounding around FP32 arithmetic"
     if support.support == "native":
         return policy, f"as asked; {policy.compute} is native here ({support.because})"
     return policy, f"as asked; note that {policy.compute} is {support.support} here ({support.because})"
+
+
+# ------------------------------------------------------------------ the text
+
+_PLAIN = frozenset(string.ascii_letters + string.digits + "._-*?[]!")
+
+
+def _quote(item: str) -> str:
+    return "".join(c if c in _PLAIN else "".join(f"%{byte:02X}" for byte in _encode(c)) for c in item)
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _split(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options; a double colon (``aten::mm``) does not separate."""
+    name, *fields = re.split(r"(?<!:):(?!:)", text.strip())
+    options: dict[str, Any] = {}
+    for field in fields:
+        key, equals, value = field.partition("=")
+        if key in options:
+            raise PolicyOptionError(f"option {key!r} stands twice in {text.strip()!r}")
+        if key in _LISTS and value:
+            options[key] = tuple(unquote(item, errors="surrogatepass") for item in value.split("+"))
+        elif key == "rules" and value:
+            options[key] = cast(Rules, value)
+        elif key == "emulate" and not equals:
+            options[key] = True
+        else:
+            near = difflib.get_close_matches(key, [*_LISTS, "rules", "emulate"], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near and near[0] != key else ""
+            raise PolicyOptionError(
+                f"unknown option {field!r} in policy {text.strip()!r}.{hint} Options: "
+                "keep_fp32=PATTERN+…, fp32_ops=OP+…, low_ops=OP+…, rules=torch or rules=cuda, emulate."
+            )
+    return name, options
+
+
+@functools.cache
+def _known_ops() -> tuple[str, ...]:
+    return tuple(sorted(torch._C._dispatch_get_all_op_names()))
+
+
+def _name_and_overload(qualified: str) -> tuple[str, str]:
+    name, _, overload = qualified.partition(".")
+    return name, overload

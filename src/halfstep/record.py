@@ -140,7 +140,7 @@ class RecordWriter:
         values = {"kind": _KIND_OF[type(line)], **vars(line)}
         # One write call per line: a kill leaves whole lines and at most one cut one. ASCII, because command lines
         # and error messages may hold what UTF-8 cannot (Python's stand-ins for undecodable bytes).
-        self._file.write(json.dumps(_encode(values), allow_nan=False) + "\n")
+        self._file.write(json.dumps(strict_json(values), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -222,13 +222,14 @@ def _parse(path: Path, number: int, text: str) -> Line:
         raise RecordError(f"{where}: a {cls.__name__.lower()} line lacks or has unknown fields: {error}") from error
 
 
-def _encode(value: Any) -> Any:
+def strict_json(value: Any) -> Any:
+    """``value`` with non-finite floats as the strings that records use for them, which JSON has no numbers for."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
+        return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
+        return [strict_json(item) for item in value]
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,13 @@ USAGE, FAILED = 2, 3
     ],
 )
 def test_one_line_and_exit_code_2(cli, arguments, message):
-    before = sorted(os.listdir())
+    before = sorted(Path().iterdir())
     ended = cli(*arguments)
     assert ended.code == USAGE
     (line,) = [line for line in ended.err.splitlines() if "error" in line]
     assert line.startswith("halfstep: error: ") and message in line
     assert "Traceback" not in ended.err
-    assert sorted(os.listdir()) == before
+    assert sorted(Path().iterdir()) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

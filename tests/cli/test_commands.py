@@ -88,7 +88,8 @@ def test_compare_shows_a_crash_as_a_result(cli):
         .replace(
             "torch.manual_seed(0)",
             "torch.manual_seed(0)\n"
-            "def CRASH(net, x):\n    seen = []\n    h = net[0].register_forward_hook(lambda m, i, o: seen.append(o.dtype))\n"
+            "def CRASH(net, x):\n    seen = []\n"
+            "    h = net[0].register_forward_hook(lambda m, i, o: seen.append(o.dtype))\n"
             "    net(x)\n    h.remove()\n    return seen[0] != torch.float32",
         )
     )

@@ -130,3 +130,22 @@ def test_a_killed_run_leaves_the_load_of_its_steps() -> None:
     ended = record("fp32", 0, started=at(0), lasted=100.0)
     following = record("fp32", 1, started=at(101), environment={"load": 1.9})
     assert foreign_load(following, [killed]) == pytest.approx(foreign_load(following, [ended]))
+
+
+def test_runs_of_one_seed_that_start_apart_are_warned_about() -> None:
+    same = [record("fp32", 0, [2.0]), record("bf16-mixed", 0, [2.05]), record("bf16-mixed", 1, [9.0])]
+    assert not [w for w in warnings(same, {}) if "more than rounding explains" in w]
+    apart = [record("fp32", 0, [2.0]), record("bf16-mixed", 0, [1.5])]
+    (warning,) = [w for w in warnings(apart, {}) if "more than rounding explains" in w]
+    assert warning.startswith("seed 0 starts at a loss of 2.00 under fp32 and 1.50 under bf16-mixed")
+    assert not [w for w in warnings([record("fp32", 0, [2.0]), record("x", 0, [float("nan")])], {}) if "rounding" in w]
+
+
+def test_arguments_that_hold_the_runs_own_name_are_the_same_command() -> None:
+    commands = [("t.py", "out/fp32.seed0.pt"), ("t.py", "out/bf16-mixed.seed1.pt"), ("t.py", "out/other.pt")]
+    one, other, different = (
+        record(policy, seed, [1.0], command=command)
+        for policy, seed, command in zip(["fp32", "bf16-mixed", "fp32"], [0, 1, 2], commands, strict=True)
+    )
+    assert same_but_for_seed(one, other)
+    assert not same_but_for_seed(one, different)

@@ -203,7 +203,7 @@ def test_adopted_values_keep_what_rounding_cut_off() -> None:
     assert torch.equal(masters.of(weight), value)
 
 
-def test_a_closure_is_evaluated_once_and_lbfgs_refused() -> None:
+def test_a_closure_is_evaluated_once_by_sgd_and_follows_lbfgs() -> None:
     weight = nn.Parameter(torch.ones(2).bfloat16())
     masters = MasterWeights(torch.optim.SGD([weight], lr=0.5))
     calls = []
@@ -217,5 +217,17 @@ def test_a_closure_is_evaluated_once_and_lbfgs_refused() -> None:
 
     assert masters.step(closure).item() == 2.0
     assert calls == [torch.bfloat16] and torch.equal(weight, torch.zeros(2).bfloat16())
-    with pytest.raises(TypeError, match="LBFGS re-evaluates"):
-        MasterWeights(torch.optim.LBFGS([weight])).step(closure)
+    wanted = torch.tensor([0.3, -0.7])
+    weight = nn.Parameter(torch.ones(2).bfloat16())
+    masters = MasterWeights(torch.optim.LBFGS([weight], lr=0.5, max_iter=20))
+
+    def distance() -> Tensor:
+        weight.grad = None
+        loss = ((weight.float() - wanted) ** 2).sum()
+        loss.backward()
+        return loss
+
+    masters.step(distance)
+    # its line search ends where bf16 cannot resolve a move
+    assert torch.allclose(weight.float(), wanted, atol=0.7 * 2**-8)
+    assert torch.equal(weight, masters.of(weight).bfloat16())

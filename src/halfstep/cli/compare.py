@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -29,11 +30,11 @@ def compare(
     script: Annotated[Path, typer.Argument(help="A PyTorch training script, unmodified.", show_default=False)],
     arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
     policies: Annotated[str, typer.Option(help="Policies to run, by commas; the first is the baseline.")] = "fp32,auto",
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps per run [default: as the script].")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps per run (default: as the script).")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per policy; quality needs at least 3.")] = 3,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for records, logs and report [default: halfstep-runs/SCRIPT-TIME]."),
+        typer.Option(help="Folder for records, logs and report (default: halfstep-runs/SCRIPT-TIME)."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="The device that auto chooses for: cpu, cuda, mps, xpu.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON document.")] = False,
@@ -63,6 +64,8 @@ def compare_script(
 
     load(script)
     names = resolve_policies(policies, device)
+    if output is not None and output.exists() and not output.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, where a folder for records and report is wanted", output)
     folder = output or Path("halfstep-runs") / f"{script.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     print(
         f"halfstep: comparing {', '.join(names)} on {script}: {seeds} seeds each, into {folder}",

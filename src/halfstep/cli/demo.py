@@ -19,8 +19,8 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per run.")] = 40,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per policy.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per run.")] = 24,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per policy.")] = 5,
     output: Annotated[Path | None, typer.Option(help="Folder for records and report.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON document.")] = False,
 ) -> None:

@@ -27,10 +27,13 @@ def report(
 ) -> None:
     """Write one self-contained HTML page from run records: verdict, table, figures, environment."""
     from halfstep import record
-    from halfstep.compare import compare, to_json
+    from halfstep.compare import CompareError, compare, to_json
     from halfstep.report import html
 
     records = [record.read(path) for path in record.find(runs)]
+    known = sorted({name for r in records for name in (r.header.policy_requested, r.header.policy)})
+    if baseline != "fp32" and baseline not in known:
+        raise CompareError(f"no run of baseline {baseline!r} among these records; there are: {', '.join(known)}")
     comparison = compare(records, baseline=baseline)
     html.write(output, records, comparison)
     if as_json:

@@ -35,7 +35,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="The device that auto chooses for: cpu, cuda, mps, xpu.")] = None,
     record: Annotated[
         Path | None,
-        typer.Option(help="Write the run record here [default: halfstep-runs/SCRIPT-POLICY-TIME.jsonl]."),
+        typer.Option(help="Write the run record here (default: halfstep-runs/SCRIPT-POLICY-TIME.jsonl)."),
     ] = None,
     no_record: Annotated[bool, typer.Option("--no-record", help="Write no run record.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="End after this many optimizer steps.")] = None,
@@ -51,6 +51,7 @@ def run(
     Ends with the script's own exit code.
     """
     from halfstep.launch import run_under_policy
+    from halfstep.record import strict_json
 
     def say(message: str) -> None:
         if not quiet:
@@ -82,7 +83,7 @@ def run(
             "policy": str(done.policy),
             "record": None if record is None else str(record),
         }
-        print(json.dumps(summary))
+        print(json.dumps(strict_json(summary), allow_nan=False))
     raise typer.Exit(done.exit_code)
 
 

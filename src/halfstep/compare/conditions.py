@@ -13,6 +13,7 @@ from halfstep.compare import phrases
 from halfstep.record import RunRecord
 
 LOADED = 0.75  #: share of the cores that other work may keep busy before times are suspect
+SAME_START = 0.05  #: relative difference of first losses that rounding to 16 bits does not explain
 _LOAD_DECAY_SECONDS = 60.0  #: the 1-minute load average forgets by this time constant
 
 
@@ -27,7 +28,7 @@ def warnings(records: Sequence[RunRecord], missing: Mapping[str, Sequence[int]])
     for policy, seeds in missing.items():
         listed = ", ".join(map(str, seeds))
         found.append(f"{policy} has no run of seed {listed}; differences are paired over the seeds that are there")
-    return (*found, *_unlike_lengths(records), *_busy(records))
+    return (*found, *_unlike_starts(records), *_unlike_lengths(records), *_busy(records))
 
 
 def same_but_for_seed(a: RunRecord, b: RunRecord) -> bool:
@@ -39,7 +40,7 @@ def same_but_for_seed(a: RunRecord, b: RunRecord) -> bool:
     if len(a.header.command) != len(b.header.command):
         return False
     either = f"(?:{a.header.seed}|{b.header.seed})"
-    for x, y in zip(a.header.command, b.header.command, strict=True):
+    for x, y in zip(_without_run(a), _without_run(b), strict=True):
         pattern = either.join(map(re.escape, x.split(str(a.header.seed))))
         if not re.fullmatch(pattern, y, re.DOTALL):
             return False
@@ -102,6 +103,30 @@ def _unlike_lengths(records: Sequence[RunRecord]) -> list[str]:
     if len(lengths) < 2:
         return []
     return [f"the runs made {' or '.join(map(str, sorted(lengths)))} steps; losses are compared over the shorter"]
+
+
+def _without_run(record: RunRecord) -> list[str]:
+    """The command with the run's own name, where an argument holds it (``--out {run}.pt``), taken out again."""
+    own = f"{record.header.policy_requested}.seed{record.header.seed}"
+    return [argument.replace(own, "{run}") for argument in record.header.command]
+
+
+def _unlike_starts(records: Sequence[RunRecord]) -> list[str]:
+    """Runs of one seed start from the same weights and data: their first losses differ by rounding only."""
+    firsts: dict[int, list[tuple[float, str]]] = {}
+    for record in records:
+        first = next((s.loss for s in record.steps if s.optimizer == 0 and s.loss is not None), None)
+        if first is not None and math.isfinite(first):
+            firsts.setdefault(record.header.seed, []).append((first, record.header.policy_requested))
+    for seed, losses in sorted(firsts.items()):
+        (low, one), (high, other) = min(losses), max(losses)
+        if high - low > SAME_START * max(abs(low), abs(high)):
+            return [
+                f"seed {seed} starts at a loss of {phrases.number(high)} under {other} and {phrases.number(low)} under "
+                f"{one}, more than rounding explains: does the script draw unseeded random numbers, or continue from "
+                "a file that an earlier run wrote? Give each run its own file with {run} in an argument"
+            ]
+    return []
 
 
 def _busy(records: Sequence[RunRecord]) -> list[str]:

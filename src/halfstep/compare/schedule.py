@@ -159,7 +159,8 @@ def run_all(
     """Run the script under every policy and seed and return what each run left, in the order they ran.
 
     Args:
-        script_command: the script and its arguments; ``{seed}`` inside an argument becomes the seed's index.
+        script_command: the script and its arguments; ``{seed}`` inside an argument becomes the seed's index,
+            ``{run}`` the run's own name (policy and seed), for files that runs must not share.
         steps: where to stop each run; None lets the script decide.
         folder: where records and logs go; made if missing.
         on_event: told of starts, steps and ends as they happen, in this thread.
@@ -178,7 +179,7 @@ def run_all(
     results: list[RunResult] = []
     with _sigterm_raises():
         for number, run in enumerate(runs, start=1):
-            command = [*prefix, *_arguments(run, steps, folder), "--", *_seeded(script_command, run.seed)]
+            command = [*prefix, *_arguments(run, steps, folder), "--", *_filled(script_command, run)]
             try:
                 results.append(_run_one(run, command, folder, emit, RunStarted(run, number, len(runs)), grace))
             except KeyboardInterrupt:  # between the processes; one that strikes during a run comes back as a result
@@ -213,9 +214,9 @@ def _arguments(run: Run, steps: int | None, folder: Path) -> list[str]:
     return ["--policy", run.policy, "--seed-index", str(run.seed), "--record", record, *limit, "--quiet"]
 
 
-def _seeded(script_command: Sequence[str], seed: int) -> list[str]:
+def _filled(script_command: Sequence[str], run: Run) -> list[str]:
     script, *arguments = script_command
-    return [script, *(argument.replace("{seed}", str(seed)) for argument in arguments)]
+    return [script, *(a.replace("{seed}", str(run.seed)).replace("{run}", run.stem) for a in arguments)]
 
 
 def _run_one(

@@ -142,5 +142,7 @@ def paired_difference(baseline: Mapping[int, float], policy: Mapping[int, float]
 
 
 def seed_spread(finals: Mapping[int, float]) -> float | None:
-    """Standard deviation of the final loss over seeds; None below two."""
-    return stdev(finals.values()) if len(finals) >= 2 else None
+    """Standard deviation of the final loss over seeds; None below two, or where one of them diverged."""
+    if len(finals) < 2 or not all(map(math.isfinite, finals.values())):
+        return None
+    return stdev(finals.values())

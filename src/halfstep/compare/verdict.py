@@ -7,7 +7,6 @@ still counts for speed and memory, never for the final loss.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +17,7 @@ from halfstep.compare.result import Comparison, Outcome, PolicyResult, Quality
 from halfstep.compare.schedule import RunResult
 from halfstep.compare.sentence import Subject, verdict
 from halfstep.compare.statistics import diverged, timed_seconds
-from halfstep.record import Notice, RunRecord
+from halfstep.record import Notice, RunRecord, strict_json
 
 _COMPLETE = ("finished", "diverged")
 
@@ -85,7 +84,7 @@ def compare(
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values; non-finite numbers as the strings that run records use for them."""
-    encoded: dict[str, Any] = _encode(asdict(comparison))
+    encoded: dict[str, Any] = strict_json(asdict(comparison))
     return encoded
 
 
@@ -231,13 +230,3 @@ def _label(name: str, records: Mapping[int, RunRecord]) -> str:
 def _is_finding(result: PolicyResult) -> bool:
     failed = any(outcome in ("crashed", "diverged") for outcome in result.outcomes)
     return failed or any(quality.verdict in ("worse", "diverged") for quality in result.quality)
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    return value

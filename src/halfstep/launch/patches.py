@@ -9,6 +9,7 @@ Each wrapper asks whether a session is open and hands over to it, with the origi
 ``Optimizer.state_dict``, ``load…``  carry the masters, and keep FP32 state FP32
 ``LRScheduler`` subclasses' ``step`` holds still after a skipped step
 ``torch.nn.utils.clip_grad_norm_``   only reads the norm it returns, for the record
+``torch.autograd.grad``, ``compile`` notices what the policy cannot reach
 ``torch.autocast.__enter__``         notices a script's own autocast
 ``torch.amp.GradScaler.scale, step`` notices a script's own loss scaling
 ==================================== =========================================================
@@ -61,11 +62,13 @@ class Patches:
 
         self._set(nn.Module, "__call__", __call__)
         self._wrap(torch.autograd, "backward", lambda session: session.backward)
+        self._wrap(torch.autograd, "grad", lambda session: session.own.gradients)
+        self._wrap(torch, "compile", lambda session: session.own.compiling)
         self._wrap(Optimizer, "state_dict", lambda session: session.optimizer_state)
         self._wrap(Optimizer, "load_state_dict", lambda session: session.load_optimizer_state)
-        self._wrap(torch.autocast, "__enter__", lambda session: session.own_autocast)
-        self._wrap(torch.amp.GradScaler, "scale", lambda session: session.own_scale)
-        self._wrap(torch.amp.GradScaler, "step", lambda session: session.own_scaler_step)
+        self._wrap(torch.autocast, "__enter__", lambda session: session.own.autocast)
+        self._wrap(torch.amp.GradScaler, "scale", lambda session: session.own.scale)
+        self._wrap(torch.amp.GradScaler, "step", lambda session: session.own.scaler_step)
         for owner in (torch.nn.utils, torch.nn.utils.clip_grad):
             self._wrap(owner, "clip_grad_norm_", lambda session: session.clipped)
         for scheduler in _with_own_step(LRScheduler):

@@ -82,7 +82,7 @@ def run_under_policy(
         seed=seed or 0,
         environment={**hardware.environment(facts), "git": _git_revision(script)},
     )
-    seen.writer = RecordWriter(record, header) if record is not None else None
+    seen.writer = _open(record, header) if record is not None else None
     if announce is not None:
         announce(chosen, reason)
     started = time.perf_counter()
@@ -125,6 +125,17 @@ def run_under_policy(
     )
 
 
+def _open(record: Path, header: Header) -> RecordWriter:
+    try:
+        return RecordWriter(record, header)
+    except FileExistsError as error:
+        why = "is there already, and a record is never overwritten; name another with --record"
+        raise FileExistsError(error.errno, why, str(record)) from error
+    except OSError as error:
+        why = f"the record cannot be written here ({error.strerror}); name another place with --record, or --no-record"
+        raise OSError(error.errno, why, str(record)) from error
+
+
 class _Seen:
     """Passes lines on to the record, and keeps what the closing summary says."""
 
@@ -153,17 +164,27 @@ def _outcome_name(outcome: Outcome) -> str:
 
 
 def _closing_notices(session: Session, policy: Policy, outcome: Outcome) -> list[Notice]:
+    if policy.master_weights and isinstance(outcome.error, RuntimeError | TypeError) and "dtype" in str(outcome.error):
+        return [
+            Notice(
+                "master-dtype",
+                f"under {policy} parameters are {policy.compute} from their module's first call on; what the script "
+                "computes with them outside of modules (an average, a regulariser) has to expect that. bf16-mixed "
+                "keeps them fp32",
+            )
+        ]
     if outcome.exit_code != 0:
         return []
     if session.steps.seen == 0:
-        what = "backward was never called" if session.backwards_seen == 0 else "no optimizer step was seen"
-        return [
-            Notice(
-                "no-training",
-                f"{what} in this process, so there is nothing that a policy could change. If the script starts "
-                "processes that train, start them with torchrun: torchrun … --no-python halfstep run SCRIPT",
+        if session.backwards_seen:
+            what = f"backward was called {session.backwards_seen} times, but no optimizer ever stepped"
+        else:
+            what = (
+                "backward was never called in this process, so there is nothing that a policy could change. If the "
+                "script starts processes that train, start them with torchrun: "
+                "torchrun … --no-python halfstep run SCRIPT"
             )
-        ]
+        return [Notice("no-training", what)]
     if policy.lowers and session.forwards_seen == 0:
         return [
             Notice(

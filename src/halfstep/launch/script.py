@@ -46,7 +46,8 @@ def load(path: Path) -> CodeType:
         raise ScriptError(f"no script {path} here")
     try:
         with tokenize.open(path) as file:  # honours an encoding line, as Python does
-            return compile(file.read(), str(path.absolute()), "exec")  # absolute, as in Python's own
+            # An absolute file name, as Python has it; and none of this file's own __future__ imports.
+            return compile(file.read(), str(path.absolute()), "exec", dont_inherit=True)
     except SyntaxError as error:
         raise ScriptError(f"{path}:{error.lineno}: {type(error).__name__}: {error.msg}") from error
     except (OSError, ValueError) as error:

@@ -48,9 +48,19 @@ def seeded(index: int) -> Iterator[None]:
 
 def _shifted(original: Any, offset: int) -> Any:
     @functools.wraps(original)
-    def seed(value: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(value, int | numpy.integer) and not isinstance(value, bool):
-            value = (int(value) + offset) % 2**32
-        return original(value, *args, **kwargs)
+    def seed(*args: Any, **kwargs: Any) -> Any:
+        # The seed is the first argument, whatever its name: seed, a, …
+        if args:
+            args = (_moved(args[0], offset), *args[1:])
+        elif kwargs:
+            first = next(iter(kwargs))
+            kwargs[first] = _moved(kwargs[first], offset)
+        return original(*args, **kwargs)
 
     return seed
+
+
+def _moved(value: Any, offset: int) -> Any:
+    if isinstance(value, int | numpy.integer) and not isinstance(value, bool):
+        return (int(value) + offset) % 2**32
+    return value

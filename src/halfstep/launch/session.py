@@ -12,28 +12,25 @@ What the script already does itself (autocast, a GradScaler, 16-bit parameters) 
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from halfstep import hardware
-from halfstep.autocast import LOW_PRECISION, autocast, store_parameters, to_float32
+from halfstep.autocast import LOW_PRECISION, autocast, recomputation, store_parameters, to_float32
+from halfstep.launch.islands import ScriptIslands
+from halfstep.launch.own import OwnPrecision, dtype_name, in_backward
+from halfstep.launch.scaling import OverflowInClosure, ScriptScaling
 from halfstep.launch.steps import StepObserver
 from halfstep.optim import MasterWeights
 from halfstep.policy import Policy, resolve
 from halfstep.record import Memory, Notice, Step
-from halfstep.scale import GradScaler, KeptStatistics
+from halfstep.scale import KeptStatistics
 
 Original = Callable[..., Any]
 
@@ -77,22 +74,24 @@ class Session:
         self._noticed: set[str] = set()
         # Standing back is per module; an own GradScaler ends our scaling altogether.
         self._known_modules: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-        self._stepped: weakref.WeakKeyDictionary[Optimizer, list[int]] = weakref.WeakKeyDictionary()
+        self.stepped: weakref.WeakKeyDictionary[Optimizer, list[int]] = weakref.WeakKeyDictionary()
         self._schedulers: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
         self._masters: weakref.WeakKeyDictionary[Optimizer, MasterWeights] = weakref.WeakKeyDictionary()
-        self._hooked = WeakIdKeyDictionary()
-        self._scaler: GradScaler | None = None
-        self._own_scaler: Any = None
-        self._unscale: float | None = None  # 1 / loss scale, while a scaled backward runs
-        self._update_due = False
+        self.own = OwnPrecision(self)
+        self.entering_ours = False
+        self._scaling = ScriptScaling()
         self._statistics = KeptStatistics()
+        self._islands = ScriptIslands()
+        # Inference in nn.TransformerEncoder and MultiheadAttention fuses past autocast, with whatever dtypes it meets.
+        self._mha_fastpath = torch.backends.mha.get_fastpath_enabled()
+        if policy.lowers:
+            torch.backends.mha.set_fastpath_enabled(False)
 
     # ------------------------------------------------------------------ forward
 
     def forward(self, original: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The outermost module call: autocast around it, FP32 out of it."""
-        # In backward a module call is checkpointing's recomputation, which restores the forward's autocast itself.
-        if getattr(self._local, "in_module", False) or _in_backward():
+        if getattr(self._local, "in_module", False):
             return original(module, *args, **kwargs)
         self._local.in_module = True
         try:
@@ -103,12 +102,12 @@ class Session:
             device_type = first.device.type
             if device_type != self.device_type:
                 self._change_device(device_type)
+            # In backward a module call is a recomputation. What was checkpointed inside a module finds the
+            # forward's autocast restored and passes; what was checkpointed outside one is an outermost call again.
             if self._stands_back(module) or torch.is_autocast_enabled(device_type):
                 return original(module, *args, **kwargs)
-            if self._scaling:
-                self._hook(tree_leaves((args, kwargs)))
-                if module.training and torch.is_grad_enabled():
-                    self._statistics.keep(module)
+            if self.scales_loss and module.training and torch.is_grad_enabled() and not in_backward():
+                self._statistics.keep(module)
             if not self.policy.lowers:
                 return original(module, *args, **kwargs)
             with self._our_autocast(device_type):
@@ -117,56 +116,31 @@ class Session:
         finally:
             self._local.in_module = False
 
-    def own_autocast(self, original: Original, context: torch.autocast) -> Any:
-        """A script entering its own autocast."""
-        lowers = context._enabled and context.fast_dtype in LOW_PRECISION
-        if lowers and not getattr(self._local, "ours", False) and not _in_backward():
-            where = _caller()
-            if where is not None:
-                dtype = _dtype_name(context.fast_dtype)
-                self._notice(
-                    "own-autocast",
-                    f"the script enters its own {context.device} autocast ({dtype}); inside it halfstep stands back. "
-                    "Remove it to let the policy decide",
-                    where,
-                )
-        return original(context)
-
     # ------------------------------------------------------------------ backward
 
     def backward(self, original: Original, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
         """``torch.autograd.backward``, of a scaled loss where the policy scales."""
-        if _in_backward():
+        if in_backward():
             return original(tensors, grad_tensors, *args, **kwargs)
         self.backwards_seen += 1
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         given = [grad_tensors] if isinstance(grad_tensors, Tensor) or grad_tensors is None else list(grad_tensors)
         given += [None] * (len(roots) - len(given))
-        self.steps.loss(roots, given)
-        if not self._scaling:
-            return original(tensors, grad_tensors, *args, **kwargs)
-        for optimizer in list(self._stepped):  # parameters may have been unfrozen since they were last looked at
-            self._hook(p for group in optimizer.param_groups for p in group["params"])
-        scaler = self._scaler_for(roots[0])
-        if self._update_due:
-            scaler.update()
-            self._update_due = False
-        scaled_roots, scaled_given = [], []
-        for root, gradient in zip(roots, given, strict=True):
-            scaled_roots.append(scaler.scale(root) if gradient is None else root.float())
-            scaled_given.append(None if gradient is None else gradient.float() * scaler.get_scale())
-        self._unscale = 1.0 / scaler.get_scale()
-        try:
-            return original(scaled_roots, scaled_given, *args, **kwargs)
-        finally:
-            self._unscale = None
+        scaler = self.own.scaler
+        self.steps.loss(roots, given, 1.0 if scaler is None else scaler.get_scale())
+        with recomputation(self.policy, self.device_type):
+            if not self.scales_loss:
+                return original(tensors, grad_tensors, *args, **kwargs)
+            for optimizer in list(self.stepped):  # a parameter may be kept from this graph and stepped all the same
+                self._scaling.hook(p for group in optimizer.param_groups for p in group["params"])
+            return self._scaling.backward(original, roots, given, *args, **kwargs)
 
     # ------------------------------------------------------------------ optimizer and scheduler
 
     def new_parameters(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
         """An optimizer was given parameters."""
         parameters = list(parameters)
-        self._stepped.setdefault(optimizer, [0, 0])
+        self.stepped.setdefault(optimizer, [0, 0])
         if (self.policy.master_weights or self.policy.loss_scaling) and any(hasattr(p, "to_local") for p in parameters):
             raise UnsupportedError(
                 f"{self.policy} cannot be put under sharded (DTensor) parameters from outside: use bf16-mixed, or "
@@ -175,26 +149,24 @@ class Session:
         if self.policy.master_weights:
             self._masters.setdefault(optimizer, MasterWeights(optimizer))
         self._known_modules.clear()  # a module seen before its optimizer has to be looked at again
-        if self.policy.loss_scaling:
-            self._hook(parameters)
 
     def step(self, original: Original, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """An optimizer's ``step``: applied, or skipped when scaled gradients overflowed."""
         if getattr(self._local, "in_step", False):
             return original(optimizer, *args, **kwargs)
-        if getattr(self._local, "in_own_scaler", False):  # own_scaler_step records, once it knows of a skip
+        if self.own.stepping:  # own_scaler_step records, once it knows of a skip
             return original(optimizer, *args, **kwargs)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         grad_norm = self.steps.norm(parameters)
         self.steps.starts(parameters)
         self._local.in_step = True
         try:
-            result, applied, scale = self._stepped_by_policy(original, optimizer, parameters, args, kwargs)
+            result, applied, scale = self._stepped_by_policy(original, optimizer, args, kwargs)
         finally:
             self._local.in_step = False
         if grad_norm is None:  # a closure has made the gradients only now
             grad_norm = self.steps.norm(parameters)
-        self._ended(optimizer, applied, scale, grad_norm)
+        self.ended(optimizer, applied, scale, grad_norm)
         return result
 
     def scheduler_step(self, original: Original, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +175,7 @@ class Session:
         starting = not hasattr(scheduler, "_last_lr")  # the constructor takes the first step itself
         if getattr(self._local, "in_scheduler", False) or optimizer is None or starting:
             return original(scheduler, *args, **kwargs)
-        attempted, applied = self._stepped.get(optimizer, [0, 0])
+        attempted, applied = self.stepped.get(optimizer, [0, 0])
         before_attempted, before_applied = self._schedulers.get(scheduler, [0, 0])
         self._schedulers[scheduler] = [attempted, applied]
         if attempted > before_attempted and applied == before_applied:
@@ -245,70 +217,34 @@ class Session:
             self.steps.clipped(parameters, norm)
         return norm
 
-    def own_scale(self, original: Original, scaler: torch.amp.GradScaler, outputs: Any) -> Any:
-        """A script's own ``GradScaler.scale``."""
-        if scaler is not self._scaler and scaler.is_enabled() and self._own_scaler is None:
-            self._own_scaler = scaler
-            self._notice(
-                "own-scaler",
-                "the script scales its loss itself; halfstep's loss scaling stands back",
-                _caller(),
-            )
-        return original(scaler, outputs)
-
-    def own_scaler_step(
-        self,
-        original: Original,
-        scaler: torch.amp.GradScaler,
-        optimizer: Optimizer,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """A script's own ``GradScaler.step``: recorded with its verdict."""
-        if scaler is self._scaler or self._own_scaler is None:
-            return original(scaler, optimizer, *args, **kwargs)
-        scale = scaler.get_scale()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.steps.starts(parameters)
-        self._local.in_own_scaler = True
-        try:
-            result = original(scaler, optimizer, *args, **kwargs)
-        finally:
-            self._local.in_own_scaler = False
-        found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        applied = not any(bool(found_inf.item()) for found_inf in found.values())
-        # A fused optimizer unscales inside its kernel and leaves .grad scaled: no norm then, unless clipping gave it.
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self._ended(optimizer, applied, scale, self.steps.norm(parameters, only_clipped=fused))
-        return result
-
     def close(self) -> None:
         """Leave nothing behind: hooks on the script's tensors go, a started memory measurement ends."""
         self.steps.close()
-        for handle in self._hooked.values():  # type: ignore[no-untyped-call]  # torch's own class lacks annotations
-            handle.remove()
+        self._islands.remove()
+        self._scaling.close()
+        torch.backends.mha.set_fastpath_enabled(self._mha_fastpath)
 
     # ------------------------------------------------------------------ helpers, in the order of their first use
 
     @property
-    def _scaling(self) -> bool:
-        return self.policy.loss_scaling and self._own_scaler is None
+    def scales_loss(self) -> bool:
+        return self.policy.loss_scaling and self.own.scaler is None
 
     @contextlib.contextmanager
     def _our_autocast(self, device_type: str) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            self._local.ours = True
+            self.entering_ours = True
             try:
                 stack.enter_context(autocast(self.policy, device_type))
             finally:
-                self._local.ours = False
+                self.entering_ours = False
             yield
 
     def _change_device(self, device_type: str) -> None:
         """The script computes elsewhere than the policy was chosen for."""
         policy, reason = resolve(self.requested, hardware.detect(device_type))
         if str(policy) != str(self.policy):
-            self._notice(
+            self.notice(
                 "policy-changed",
                 f"the model is on {device_type}, not on {self.device_type}: policy {policy} instead of {self.policy} "
                 f"({reason})",
@@ -326,9 +262,9 @@ class Session:
         own_low_precision = bool(low) and not trainable_float32
         if low and any(p.requires_grad for _, p in low):
             name, first = low[0]
-            self._notice(
+            self.notice(
                 "own-16-bit-parameters",
-                f"{len(low)} of {len(parameters)} parameters of {type(module).__name__} are {_dtype_name(first.dtype)} "
+                f"{len(low)} of {len(parameters)} parameters of {type(module).__name__} are {dtype_name(first.dtype)} "
                 f"already (first: {name}) and have no FP32 masters, so small updates to them are lost. "
                 f"Create the model in float32 and let the policy choose",
                 name,
@@ -342,8 +278,7 @@ class Session:
         return any(masters.holds(parameter) for masters in self._masters.values())
 
     def _prepare(self, module: nn.Module, parameters: list[Tensor]) -> None:
-        if self.policy.loss_scaling:
-            self._hook(parameters)
+        self._islands.apply(module, self.policy.keep_fp32, self.device_type)
         if self.policy.master_weights:
             if isinstance(module, nn.parallel.DistributedDataParallel):
                 raise UnsupportedError(
@@ -357,102 +292,59 @@ class Session:
                     if masters.holds(parameter):
                         masters.adopt(parameter, float32)
 
-    def _hook(self, tensors: Iterable[Any]) -> None:
-        """Divide these leaves' gradients by the scale as they arrive."""
-        for tensor in tensors:
-            if (
-                isinstance(tensor, Tensor)
-                and tensor.requires_grad
-                and tensor.is_leaf
-                and tensor.dtype not in LOW_PRECISION
-                and tensor not in self._hooked
-            ):
-                self._hooked[tensor] = tensor.register_hook(self._unscale_arriving)  # type: ignore[no-untyped-call]  # likewise
-
-    def _unscale_arriving(self, gradient: Tensor) -> Tensor:
-        return gradient if self._unscale is None else gradient * self._unscale
-
-    def _scaler_for(self, loss: Tensor) -> GradScaler:
-        if self._scaler is None:
-            self._scaler = GradScaler(loss.device.type)
-        return self._scaler
-
     def _stepped_by_policy(
-        self, original: Original, optimizer: Optimizer, parameters: list[Tensor], args: Any, kwargs: Any
+        self, original: Original, optimizer: Optimizer, args: Any, kwargs: Any
     ) -> tuple[Any, bool, float | None]:
         """Step as the policy wants; returns the step's result, whether it was applied, and the scale."""
         masters = self._masters.get(optimizer)
-        closure = args[0] if args else kwargs.get("closure")
-        scaler = self._scaler if self._scaling else None
-        if masters is None and (scaler is None and not (self._scaling and closure is not None)):
+        if masters is not None:
+            return masters.step(*args, call=lambda *a: original(optimizer, *a), **kwargs), True, None
+        if not self.scales_loss:
             return original(optimizer, *args, **kwargs), True, None
-        if closure is not None and isinstance(optimizer, torch.optim.LBFGS):
-            raise UnsupportedError(
-                f"LBFGS re-evaluates its closure inside the step, which {self.policy} cannot follow; use bf16-mixed"
-            )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-            scaler = self._scaler if self._scaling else None
-        applied, scale = True, None
-        with masters.exchanged() if masters is not None else contextlib.nullcontext():
-            if scaler is None or not any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
-                result = optimizer.step()
-            else:
-                if self._update_due and scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]:
-                    scaler.update()  # a second step without a backward between
-                scale = scaler.get_scale()
-                scaler.check_unscaled(optimizer)
-                result = scaler.step(optimizer)
-                applied = scaler.step_was_applied
-                self._update_due = True
-                if not applied:
-                    self._statistics.restore()
+        scaling = self._scaling
+        closure = args[0] if args else kwargs.get("closure")
+        if closure is None:
+            scale = scaling.scale
+            applied = not scaling.overflowed(optimizer)
+            result = original(optimizer, *args, **kwargs) if applied else None
+        else:
+            result, applied = self._stepped_with_closure(original, optimizer, closure)
+            scale = scaling.scale
+        if not applied:
+            self._statistics.restore()
         self._statistics.forget()
-        if masters is not None and applied:
-            masters.cast_back()
-        return (loss if closure is not None else result), applied, scale
+        return result, applied, scale
 
-    def _ended(self, optimizer: Optimizer, applied: bool, scale: float | None, grad_norm: float | None) -> None:
-        counts = self._stepped.setdefault(optimizer, [0, 0])
+    def _stepped_with_closure(
+        self, original: Original, optimizer: Optimizer, closure: Callable[[], Any]
+    ) -> tuple[Any, bool]:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UnsupportedError(
+                f"an overflow inside LBFGS's line search cannot be undone under {self.policy}; use bf16-mixed"
+            )
+        # A step may move parameters before it evaluates the closure again (sharpness-aware minimisation does).
+        before = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+        evaluated: list[Any] = [None]
+        try:
+            return original(optimizer, self._scaling.guarded(optimizer, closure, evaluated)), True
+        except OverflowInClosure:
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
+            return evaluated[0], False
+
+    def is_ours(self, scaler: torch.amp.GradScaler) -> bool:
+        """Whether a scaler is halfstep's own and not the script's."""
+        return self._scaling.uses(scaler)
+
+    def ended(self, optimizer: Optimizer, applied: bool, scale: float | None, grad_norm: float | None) -> None:
+        counts = self.stepped.setdefault(optimizer, [0, 0])
         counts[0] += 1
         counts[1] += applied
+        self._islands.require(self.policy.keep_fp32)
         self.steps.ended(optimizer, applied, scale, grad_norm, self.device_type, self._masters.get(optimizer))
 
-    def _notice(self, code: str, message: str, where: str | None = None) -> None:
+    def notice(self, code: str, message: str, where: str | None = None) -> None:
         if code not in self._noticed:
             self._noticed.add(code)
             self._write(Notice(code, message, where))
-
-
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-_TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
-_OUR_FOLDER = str(Path(__file__).parent) + os.sep
-
-
-def _caller() -> str | None:
-    """File and line of the script's frame that got here; None if PyTorch itself did (as checkpointing does)."""
-    frames: Iterator[FrameType] = _frames(sys._getframe(1))
-    for frame in frames:
-        file = frame.f_code.co_filename
-        if file.startswith(_OUR_FOLDER):
-            continue
-        if file.startswith(_TORCH_FOLDER) and "checkpoint" in file:
-            return None
-        if not file.startswith(_TORCH_FOLDER):
-            return f"{file}:{frame.f_lineno}"
-    return None
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from halfstep.launch.own import in_backward
 from halfstep.observe import PeakMemory, gradient_norm, resident_bytes
 from halfstep.optim import MasterWeights
 from halfstep.record import Memory, Notice, Step
@@ -42,12 +44,18 @@ class StepObserver:
         self._losses: list[Tensor] = []
         self._clipped: list[tuple[set[int], Any]] = []
         self._memory: PeakMemory | None = None
+        self._compiled_before = compiled_frames()
 
-    def loss(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """A backward starts from ``roots``; what it differentiates is their sum, weighted by given gradients."""
+    def loss(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None], scale: float = 1.0) -> None:
+        """A backward starts from ``roots``; what it differentiates is their sum, weighted by given gradients.
+
+        Args:
+            scale: by which the script has multiplied its loss itself.
+        """
         for root, gradient in zip(roots, gradients, strict=True):
-            value = root.detach().float()
-            self._losses.append((value if gradient is None else value * gradient.detach()).sum())
+            value = root.detach() if gradient is None else root.detach() * gradient.detach()
+            value = value.real if value.is_complex() else value
+            self._losses.append(value.float().sum() / scale)
 
     def clipped(self, parameters: Sequence[Tensor], norm: Any) -> None:
         """The script clipped these parameters' gradients, whose 2-norm was ``norm``."""
@@ -115,9 +123,18 @@ class StepObserver:
             self._memory = None
 
     def _measure_memory(self, step: int, masters: MasterWeights | None) -> None:
+        if in_backward():  # a step inside backward: dispatch modes are the engine's there, not ours to enter or leave
+            return
         if self._memory is not None:
             measured, self._memory = self._memory.finish(step), None
             self._write(measured)
+        elif step == MEMORY_AFTER_STEP and compiled_frames() > self._compiled_before:
+            self._write(
+                Notice(
+                    "memory-not-measured",
+                    "the script uses torch.compile, and following its tensors would switch compiled code off",
+                )
+            )
         elif step == MEMORY_AFTER_STEP and PeakMemory.can_start():
             self._memory = PeakMemory()
             self._memory.start()
@@ -132,3 +149,9 @@ class StepObserver:
     def _name(memory: PeakMemory, parameters: Sequence[Tensor]) -> None:
         memory.name("parameters", parameters)
         memory.name("gradients", [p.grad for p in parameters if p.grad is not None])
+
+
+def compiled_frames() -> int:
+    """How many Python frames torch.compile has met in this process."""
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
+    return 0 if counters is None else sum(counters["frames"].values())

@@ -84,16 +84,33 @@ class MasterWeights:
         self._follow()
         try:
             self._exchange([[self.of(p) for p in parameters] for parameters in own])
-            for parameters in own:
-                for parameter in parameters:
-                    if parameter.dtype in LOW_PRECISION:
-                        gradient = parameter.grad
-                        self.of(parameter).grad = None if gradient is None else gradient.detach().float()
+            self._pull_gradients(own)
             yield
         finally:
             self._exchange(own)
             for master in self._masters.values():
                 master.grad = None
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Any:
+        """Inside `exchanged`: the closure's value, evaluated with the parameters back in their places."""
+        masters = [list(group["params"]) for group in self.optimizer.param_groups]
+        parameter_of = {id(master): parameter for parameter, master in self._masters.items()}
+        own = [[parameter_of.get(id(m), m) for m in group] for group in masters]
+        self._exchange(own)
+        self.cast_back()
+        try:
+            return closure()
+        finally:
+            # Asked anew: a launcher may put parameters into 16 bits during their module's first call, in the closure.
+            self._exchange([[self.of(p) for p in group] for group in own])
+            self._pull_gradients(own)
+
+    def _pull_gradients(self, own: list[list[Tensor]]) -> None:
+        for parameters in own:
+            for parameter in parameters:
+                if parameter.dtype in LOW_PRECISION:
+                    gradient = parameter.grad
+                    self.of(parameter).grad = None if gradient is None else gradient.detach().float()
 
     @torch.no_grad()
     def cast_back(self) -> None:
@@ -102,25 +119,19 @@ class MasterWeights:
             if parameter in self._masters:
                 parameter.copy_(self._masters[parameter])
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, call: Callable[..., Any] | None = None) -> Any:
         """Step the optimizer on the masters and cast back; returns what its ``step`` returns.
 
-        A closure is evaluated once, before the step, on the 16-bit parameters.
-
-        Raises:
-            TypeError: the optimizer evaluates its closure repeatedly (LBFGS), which would need the model to follow
-                the masters inside the step.
+        Args:
+            closure: evaluates the model and its gradients; before each evaluation the parameters follow the masters,
+                so optimizers that evaluate it several times (LBFGS) see their own moves, rounded to 16 bits.
+            call: what to call for the optimizer's ``step``, with the closure if there is one.
         """
-        loss = None
-        if closure is not None:
-            if isinstance(self.optimizer, torch.optim.LBFGS):
-                raise TypeError("LBFGS re-evaluates the model inside its step; master weights cannot follow it there")
-            with torch.enable_grad():
-                loss = closure()
+        step = call or self.optimizer.step
         with self.exchanged():
-            result = self.optimizer.step()
+            result = step() if closure is None else step(lambda: self._evaluated(closure))
         self.cast_back()
-        return loss if closure is not None else result
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state dict with each master among its parameter's state, FP32."""

@@ -8,6 +8,7 @@ passes through the template's escaping; only the SVG drawn here and the styleshe
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,9 +73,14 @@ def write(path: str | os.PathLike[str], records: Sequence[RunRecord], comparison
     path = Path(path)
     # Words of a record that are not valid Unicode cannot be in a UTF-8 file; they become question marks.
     page = render(records, comparison).encode("utf-8", errors="replace")
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:  # names the file that was asked for, not the temporary one
+        raise OSError(error.errno, f"the report cannot be written here: {error.strerror}", str(path)) from error
     part = Path(name)
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder; name a file in it", str(path))
         with os.fdopen(descriptor, "wb") as file:
             file.write(page)
         part.chmod(0o666 & ~_umask())  # mkstemp's own mode would keep others from reading the report
