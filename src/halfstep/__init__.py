@@ -1,10 +1,10 @@
 """halfstep: mixed-precision training of PyTorch models: automatic, measured, explained."""
 
-from halfstep.autocast import autocast
+from halfstep.autocast import autocast, cast_inputs, keep_fp32, recomputation
 from halfstep.engine import MixedPrecision, StepResult
 from halfstep.hardware import DeviceFacts, DeviceUnavailableError, detect
 from halfstep.optim import MasterWeights
-from halfstep.policy import POLICIES, Policy, UnknownPolicyError, choose
+from halfstep.policy import POLICIES, Policy, PolicyOptionError, UnknownPolicyError, choose
 from halfstep.policy import parse as parse_policy
 from halfstep.scale import GradScaler, LossScaleError
 from halfstep.version import __version__
@@ -18,11 +18,15 @@ __all__ = [
     "MasterWeights",
     "MixedPrecision",
     "Policy",
+    "PolicyOptionError",
     "StepResult",
     "UnknownPolicyError",
     "__version__",
     "autocast",
+    "cast_inputs",
     "choose",
     "detect",
+    "keep_fp32",
     "parse_policy",
+    "recomputation",
 ]

@@ -31,6 +31,7 @@ import difflib
 import functools
 import re
 import string
+import zlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 from urllib.parse import unquote
@@ -232,7 +233,15 @@ def resolve(text: str, facts: DeviceFacts) -> tuple[Policy, str]:
     return policy, f"as asked; note that {policy.compute} is {support.support} here ({support.because})"
 
 
+def file_name(text: str) -> str:
+    """A policy's text as part of a file name: itself, or without what some systems refuse, and told apart."""
+    safe = "".join(c if c in _SAFE_IN_FILE_NAMES else "-" for c in text)
+    return text if safe == text else f"{safe}-{zlib.crc32(text.encode()):08x}"
+
+
 # ------------------------------------------------------------------ the text
+
+_SAFE_IN_FILE_NAMES = frozenset(string.ascii_letters + string.digits + "._-+")
 
 _PLAIN = frozenset(string.ascii_letters + string.digits + "._-*?[]!")
 

@@ -91,17 +91,17 @@ def resolve_policies(policies: str, device: str | None) -> list[str]:
     """
     from halfstep import hardware
     from halfstep.compare import CompareError
-    from halfstep.policy import choose, parse
+    from halfstep.policy import parse, resolve
 
     facts = hardware.detect(device)
     names: list[str] = []
     for asked in filter(None, (part.strip() for part in policies.split(","))):
-        name, reason = asked, ""
-        if asked == "auto":
-            policy, reason = choose(facts)
+        policy, reason = resolve(asked, facts)
+        if asked.startswith("auto"):
+            print(f"halfstep: {asked} is {policy}: {reason}", file=sys.stderr)
             name = str(policy)
-            print(f"halfstep: auto is {name}: {reason}", file=sys.stderr)
-        policy = parse(name)
+        else:
+            name = str(parse(asked))  # as asked: a run that gets another policy than that says so itself
         if policy.master_weights and policy.loss_scaling:
             raise CompareError(f"{name} works in halfstep.MixedPrecision only, not on an unmodified script")
         if name not in names:

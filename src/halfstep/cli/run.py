@@ -31,7 +31,12 @@ def register(app: typer.Typer) -> None:
 def run(
     script: Annotated[Path, typer.Argument(help="A PyTorch training script, unmodified.", show_default=False)],
     arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
-    policy: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16-mixed, fp16-mixed or bf16-master.")] = "auto",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="auto, fp32, tf32, bf16-mixed, fp16-mixed or bf16-master, with options: bf16-mixed:keep_fp32=head."
+        ),
+    ] = "auto",
     device: Annotated[str | None, typer.Option(help="The device that auto chooses for: cpu, cuda, mps, xpu.")] = None,
     record: Annotated[
         Path | None,
@@ -51,6 +56,7 @@ def run(
     Ends with the script's own exit code.
     """
     from halfstep.launch import run_under_policy
+    from halfstep.policy import file_name
     from halfstep.record import strict_json
 
     def say(message: str) -> None:
@@ -62,7 +68,10 @@ def run(
         say(f"policy {chosen}{asked}: {reason}")
 
     if record is None and not no_record:
-        record = Path("halfstep-runs") / f"{script.stem}-{policy}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
+        record = (
+            Path("halfstep-runs")
+            / f"{script.stem}-{file_name(policy)}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
+        )
     if record is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         record = record.with_suffix(f".rank{os.environ.get('RANK', '0')}{record.suffix}")
     done = run_under_policy(

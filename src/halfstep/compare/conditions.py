@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 from halfstep.compare import phrases
+from halfstep.policy import file_name
 from halfstep.record import RunRecord
 
 LOADED = 0.75  #: share of the cores that other work may keep busy before times are suspect
@@ -107,7 +108,7 @@ def _unlike_lengths(records: Sequence[RunRecord]) -> list[str]:
 
 def _without_run(record: RunRecord) -> list[str]:
     """The command with the run's own name, where an argument holds it (``--out {run}.pt``), taken out again."""
-    own = f"{record.header.policy_requested}.seed{record.header.seed}"
+    own = f"{file_name(record.header.policy_requested)}.seed{record.header.seed}"
     return [argument.replace(own, "{run}") for argument in record.header.command]
 
 

@@ -26,6 +26,8 @@ from types import FrameType
 
 import psutil
 
+from halfstep.policy import file_name
+
 POLL_SECONDS = 0.2
 INTERRUPT_GRACE_SECONDS = 10.0
 _TERMINATE_SECONDS = 5.0
@@ -47,7 +49,7 @@ class Run:
     @property
     def stem(self) -> str:
         """Name of the run's record and log, without their endings."""
-        return f"{self.policy}.seed{self.seed}"
+        return f"{file_name(self.policy)}.seed{self.seed}"
 
 
 @dataclass(frozen=True)
