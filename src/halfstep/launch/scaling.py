@@ -11,6 +11,7 @@ an overflow after which the script itself did not step (``if isfinite(norm): opt
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ class ScriptScaling:
         self._found_inf: Tensor | None = None  # of the gradients that arrived since the scale last moved
         self._steps_since = False
         self._backed_off_early = False
+        self._inputs: list[weakref.ref[Tensor]] = []  # of the forward passes since the last backward
 
     @property
     def scale(self) -> float | None:
@@ -63,6 +65,10 @@ class ScriptScaling:
                 _put_first(tensor._backward_hooks, handle.id)  # a hook of the script's sees it unscaled
                 self._hooked[tensor] = handle
 
+    def note_inputs(self, values: Iterable[Any]) -> None:
+        """Data of a forward pass, for the diagnosis of a skip; they are not kept alive."""
+        self._inputs += [weakref.ref(value) for value in values if isinstance(value, Tensor)]
+
     def backward(
         self, original: Original, roots: Sequence[Tensor], given: Sequence[Tensor | None], *args: Any, **kwargs: Any
     ) -> Any:
@@ -73,6 +79,8 @@ class ScriptScaling:
             self._scaler.scale(torch.zeros((), device=roots[0].device))  # makes its tensors on this device
         scaler = self._scaler
         self._settle(scaler)
+        scaler.note_inputs(reference() for reference in self._inputs)
+        self._inputs.clear()
         scale = scaler.get_scale()
         scaled_roots: list[Tensor] = []
         scaled_given: list[Tensor | None] = []
@@ -101,6 +109,8 @@ class ScriptScaling:
             scaler._per_optimizer_states.pop(id(optimizer))
         else:
             self._steps_since = True
+        if skip:
+            scaler.cause_of_skip()  # now: when the scale moves, this batch will be gone
         self._backed_off_early = False
         return skip
 

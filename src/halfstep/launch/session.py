@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from halfstep import hardware
 from halfstep.autocast import LOW_PRECISION, autocast, recomputation, store_parameters, to_float32
@@ -106,8 +107,10 @@ class Session:
             # forward's autocast restored and passes; what was checkpointed outside one is an outermost call again.
             if self._stands_back(module) or torch.is_autocast_enabled(device_type):
                 return original(module, *args, **kwargs)
-            if self.scales_loss and module.training and torch.is_grad_enabled() and not in_backward():
-                self._statistics.keep(module)
+            if self.scales_loss and torch.is_grad_enabled() and not in_backward():
+                self._scaling.note_inputs(tree_leaves((args, kwargs)))
+                if module.training:
+                    self._statistics.keep(module)
             if not self.policy.lowers:
                 return original(module, *args, **kwargs)
             with self._our_autocast(device_type):

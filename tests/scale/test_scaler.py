@@ -11,49 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scaling_problems import Twin, iterate, problem
 from torch import Tensor, nn
 
 from halfstep.scale import GradScaler, KeptStatistics, LossScaleError
-
-
-def problem(optimizer: str = "sgd") -> tuple[nn.Parameter, torch.optim.Optimizer]:
-    weight = nn.Parameter(torch.ones(3))
-    make = {
-        "sgd": lambda: torch.optim.SGD([weight], lr=0.125),
-        "fused": lambda: torch.optim.AdamW([weight], lr=0.125, fused=True),
-        "foreach": lambda: torch.optim.AdamW([weight], lr=0.125, foreach=True),
-    }[optimizer]
-    return weight, make()
-
-
-def iterate(scaler: Any, weight: nn.Parameter, optimizer: Any, overflow: bool) -> None:
-    """One iteration whose gradients are finite, or hold one inf."""
-    optimizer.zero_grad()
-    scaler.scale(weight.sum()).backward()
-    if overflow:
-        assert weight.grad is not None
-        weight.grad[1] = math.inf
-    scaler.step(optimizer)
-    scaler.update()
-
-
-class Twin:
-    """The scale's rule, spelled out. Powers of two keep floats exact."""
-
-    def __init__(self, scale: float, growth: float, backoff: float, interval: int, low: float, high: float) -> None:
-        self.scale, self.growth, self.backoff, self.interval = scale, growth, backoff, interval
-        self.low, self.high, self.good, self.skipped = low, high, 0, 0
-
-    def step(self, overflow: bool) -> None:
-        if overflow:
-            self.good, self.skipped = 0, self.skipped + 1
-            self.scale = max(self.scale * self.backoff, self.low)
-        else:
-            self.good += 1
-            if self.good == self.interval:
-                self.good = 0
-                self.scale = min(self.scale * self.growth, self.high)
-
 
 settings_of_scale = st.tuples(
     st.sampled_from([1.0, 8.0, 2.0**10, 2.0**16]),
@@ -62,17 +23,20 @@ settings_of_scale = st.tuples(
     st.integers(1, 4),
     st.sampled_from([2.0**-3, 1.0]),
     st.sampled_from([2.0**16, 2.0**18, 2.0**24]),
+    st.integers(1, 4),
+    st.sampled_from([True, True, False]),
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(settings_of_scale, st.lists(st.booleans(), max_size=40), st.integers(0, 40))
 def test_the_scale_follows_its_rule_between_floor_and_cap_also_across_a_restart(
-    values: tuple[float, float, float, int, float, float], overflows: list[bool], restart_at: int
+    values: tuple[float, float, float, int, float, float, int, bool], overflows: list[bool], restart_at: int
 ) -> None:
-    init, growth, backoff, interval, low, high = values
+    *four, low, high, hysteresis, dynamic = values
     twin = Twin(*values)
-    scaler = GradScaler("cpu", init, growth, backoff, interval, min_scale=low, max_scale=high, max_skipped=0)
+    limits = {"min_scale": low, "max_scale": high, "hysteresis": hysteresis, "dynamic": dynamic}
+    scaler = GradScaler("cpu", *four, **limits, max_skipped=0)  # type: ignore[arg-type]
     weight, optimizer = problem()
     for index, overflow in enumerate(overflows):
         if index == restart_at:
@@ -86,7 +50,7 @@ def test_the_scale_follows_its_rule_between_floor_and_cap_also_across_a_restart(
         assert low <= scaler.get_scale() <= high
         assert scaler._get_growth_tracker() == twin.good
         assert scaler.skipped_steps == twin.skipped
-        assert scaler.step_was_applied == (not overflow)
+        assert scaler.step_was_applied == scaler.was_applied(optimizer) == (not overflow)
         assert torch.equal(weight, before if overflow else before - 0.125)
 
 

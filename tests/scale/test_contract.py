@@ -230,10 +230,6 @@ def test_misuse_is_refused_as_pytorch_refuses_it() -> None:
     scaler.step(optimizer)
     with pytest.raises(RuntimeError, match=r"step\(\) has already been called"):
         scaler.step(optimizer)
-    half = nn.Parameter(torch.ones(2, dtype=torch.float16))
-    half.grad = torch.ones_like(half)
-    with pytest.raises(ValueError, match="unscale FP16 gradients"):
-        scaler.unscale_(torch.optim.SGD([half], lr=0.5))
 
 
 def test_the_value_of_the_step_is_handed_on() -> None:
@@ -250,3 +246,114 @@ def test_the_value_of_the_step_is_handed_on() -> None:
     scaler.update()
     scaler.scale(weight.sum() * math.nan).backward()
     assert scaler.step(optimizer) is None
+
+
+def test_unscaling_finds_inf_and_nan_in_any_layout_and_format() -> None:
+    """PyTorch's own test of `_unscale_grads_`, in its essence: contiguous, strided, FP16, an inf in any of them."""
+    values = torch.full((6, 6), 4.0)
+    for bad in (None, 0, 1, 2, 3):
+        for poison in (math.inf, -math.inf, math.nan):
+            gradients = [values.clone(), values.clone()[:, :5], values.half(), values.double().t()]
+            if bad is not None:
+                gradients[bad][2, 2] = poison
+            weights = [torch.empty_like(g) for g in gradients]
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
+            optimizer = torch.optim.SGD(weights, lr=1.0)
+            found = GradScaler("cpu")._unscale_grads_(optimizer, torch.full((1,), 0.25), torch.zeros(1), True)
+            assert sum(flag.item() for flag in found.values()) == (0 if bad is None else 1)
+            for index, gradient in enumerate(gradients):
+                if index != bad:
+                    assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+def test_fp16_duplicates_of_a_sparse_gradient_are_added_before_the_check() -> None:
+    indices = torch.tensor([[0, 1, 0], [2, 0, 2]])
+
+    def sparse(*values: float) -> Tensor:
+        return torch.sparse_coo_tensor(indices, values, (2, 3), dtype=torch.float16, check_invariants=True)
+
+    for value, overflows in ((16000.0, False), (64000.0, True)):  # twice 64000 is beyond FP16
+        weight = sparse(1.0, 1.0, 1.0)
+        weight.grad = sparse(value, 32.0, value)
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        found = GradScaler("cpu")._unscale_grads_(optimizer, torch.full((1,), 0.25), torch.zeros(1), True)
+        assert [bool(flag.item()) for flag in found.values()] == [overflows]
+        if not overflows:
+            assert weight.grad.to_dense().tolist() == [[0.0, 0.0, 8000.0], [8.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("bad", [None, math.inf, math.nan])
+def test_complex_gradients_are_unscaled_where_pytorchs_kernel_refuses_them(bad: float | None) -> None:
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    for scaler in (torch.amp.GradScaler("cpu", 4.0), GradScaler("cpu", 4.0)):
+        scaler.scale(torch.ones(()))
+        weight.grad = torch.tensor([4.0 + 8.0j, complex(0.0, bad or 4.0)])
+        if isinstance(scaler, GradScaler):
+            scaler.step(optimizer)
+            assert scaler.step_was_applied == (bad is None)
+            assert weight.tolist() == ([0.5 - 1.0j, 1.0 - 0.5j] if bad is None else [1.0, 1.0])
+        else:
+            with pytest.raises(RuntimeError):
+                scaler.step(optimizer)
+
+
+def test_optimizers_that_take_the_scaler_or_its_tensors_get_them() -> None:
+    got: list[Any] = []
+
+    class TakesScaler(torch.optim.SGD):
+        _step_supports_amp_scaling = True
+
+        def step(self, closure: Any = None, *, grad_scaler: Any = None) -> None:  # type: ignore[override]
+            got.append(grad_scaler)
+
+    class TakesTensors(torch.optim.SGD):
+        _step_supports_amp_scaling = True
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            got.append((self.grad_scale.item(), self.found_inf.item()))  # type: ignore[attr-defined]
+
+    weight = nn.Parameter(torch.ones(2))
+    first, second = TakesScaler([weight], lr=1.0), TakesTensors([weight], lr=1.0)
+    scaler = GradScaler("cpu", 2.0, min_scale=0.5)
+    scaler.scale(weight.sum()).backward()
+    with pytest.warns(FutureWarning, match="passing itself"):
+        scaler.step(first)
+    assert got == [scaler]
+    scaler = GradScaler("cpu", 2.0)
+    scaler.scale(weight.sum()).backward()
+    scaler.step(second)
+    scaler.update()
+    assert got[1:] == [(2.0, 0.0)]
+    assert not hasattr(second, "grad_scale") and not hasattr(second, "found_inf")
+
+
+def test_unscaled_gradients_are_not_checked_again() -> None:
+    """Between `unscale_` and `step` a script may do to them what it wants."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    scaler = GradScaler("cpu")
+    scaler.scale(weight.sum()).backward()
+    scaler.unscale_(optimizer)
+    assert weight.grad is not None
+    weight.grad[0] = math.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight.tolist() == [-math.inf, 0.5] and scaler.get_scale() == 2.0**16
+
+
+def test_state_loads_before_and_after_the_first_use() -> None:
+    for used in (False, True):
+        saved = GradScaler("cpu", 4.0, 4.0, 0.25, 2)
+        scaler = GradScaler("cpu", 8.0, 8.0, 0.125, 1)
+        scaler._init_growth_tracker = 7
+        if used:
+            scaler.scale(torch.full((1,), 4.0))
+            assert isinstance(scaler._scale, torch.FloatTensor)
+        scaler.load_state_dict(saved.state_dict())
+        assert scaler.get_scale() == 4.0 and scaler._init_growth_tracker == 0
+        assert (scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()) == (4.0, 0.25, 2)
+        fresh = torch.amp.grad_scaler._refresh_per_optimizer_state()
+        assert scaler._per_optimizer_states["any"] == fresh  # type: ignore[index]
+        assert scaler.scale(torch.tensor([4.0])).item() == 16.0

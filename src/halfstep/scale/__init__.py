@@ -1,0 +1,9 @@
+"""Loss scaling: a `torch.amp.GradScaler` that cannot collapse to zero, and says why a step was skipped."""
+
+from halfstep.scale.diagnosis import Cause, LossScaleError
+from halfstep.scale.gradients import HalfGradientError
+from halfstep.scale.scaler import GradScaler
+from halfstep.scale.skips import Skip
+from halfstep.scale.statistics import KeptStatistics
+
+__all__ = ["Cause", "GradScaler", "HalfGradientError", "KeptStatistics", "LossScaleError", "Skip"]

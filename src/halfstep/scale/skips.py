@@ -1,0 +1,148 @@
+"""Skipped steps: known on the device at once, and on the host only when somebody has to know.
+
+`torch.amp.GradScaler` with a fused optimizer never waits for the device. Counting skips must not change that, so the
+answers are collected as tensors and read together: when asked, or when the count could have reached its limit. After
+a good step nothing has to be read for ``max_skipped - 1`` updates, and still the error comes at the exact update.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+from torch.optim import Optimizer
+
+from halfstep.scale.diagnosis import Cause
+
+#: Unread answers are read at this number even if nobody asks.
+MOST_UNREAD = 1000
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A skipped step, as ``on_skip`` is told of it."""
+
+    cause: Cause
+    scale: float  #: the loss scale of the gradients that overflowed
+    next_scale: float  #: the loss scale from now on
+    in_a_row: int  #: skipped updates in a row, this one included
+    in_all: int  #: skipped updates of the run, this one included
+
+
+class Verdict:
+    """Whether gradients overflowed.
+
+    Args:
+        found_inf: above 0 if they did; on the device.
+        overflowed: the same, where the host knows it.
+    """
+
+    def __init__(self, found_inf: Tensor, overflowed: bool | None = None) -> None:
+        self.found_inf = found_inf
+        self._overflowed = overflowed
+
+    @property
+    def is_known(self) -> bool:
+        return self._overflowed is not None
+
+    @property
+    def overflowed(self) -> bool:
+        """Waits for the device, the first time."""
+        if self._overflowed is None:
+            self._overflowed = bool(self.found_inf.item())
+        return self._overflowed
+
+
+class Verdicts:
+    """The last verdict on each optimizer, and on all of them together."""
+
+    def __init__(self) -> None:
+        self.last: Verdict | None = None
+        self._of: weakref.WeakKeyDictionary[Optimizer, Verdict] = weakref.WeakKeyDictionary()
+
+    def forget(self, optimizer: Optimizer) -> None:
+        """A new step of this optimizer begins."""
+        self._of.pop(optimizer, None)
+
+    def get(self, optimizer: Optimizer) -> Verdict | None:
+        return self._of.get(optimizer)
+
+    def of(self, optimizer: Optimizer, state: dict[str, Any], device: torch.device) -> Verdict:
+        """The verdict on the step under way, from PyTorch's per-optimizer state."""
+        verdict = self._of.get(optimizer)
+        if verdict is None:
+            verdict = Verdict(total(state["found_inf_per_device"].values(), device))
+            self._of[optimizer] = self.last = verdict
+        return verdict
+
+    def together(self, states: dict[int, dict[str, Any]], device: torch.device) -> Verdict | None:
+        """The verdict on an iteration; None if nothing was checked in it."""
+        known = {id(optimizer): verdict for optimizer, verdict in self._of.items()}
+        if len(states) == 1:
+            ((only, state),) = states.items()
+            if only in known and state["stage"] is OptState.STEPPED and state["found_inf_per_device"]:
+                return known[only]
+        found: list[Tensor] = []
+        answers: list[bool | None] = []
+        for key, state in states.items():
+            flags = state["found_inf_per_device"].values()
+            if flags:
+                found += flags
+                verdict = known.get(key) if state["stage"] is OptState.STEPPED else None
+                answers.append(verdict.overflowed if verdict is not None and verdict.is_known else None)
+        if not found:
+            return None
+        return Verdict(total(found, device), True if True in answers else None if None in answers else False)
+
+
+def total(flags: Iterable[Tensor], device: torch.device) -> Tensor:
+    """One flag for several, on ``device``: above 0 if any of them is. Free of waiting."""
+    moved = [flag.to(device, non_blocking=True) for flag in flags]
+    if len(moved) == 1:
+        return moved[0] if moved[0].dim() == 0 else moved[0].reshape(())
+    if not moved:
+        return torch.zeros((), dtype=torch.float32, device=device)
+    return torch.stack([flag.reshape(()) for flag in moved]).sum()
+
+
+class SkipCount:
+    """Updates in which a step was skipped: all of them, and the last ones in a row."""
+
+    def __init__(self, in_all: int = 0, in_a_row: int = 0) -> None:
+        self._in_all = in_all
+        self._in_a_row = in_a_row
+        self._unread: list[Verdict] = []
+
+    def add(self, verdict: Verdict) -> None:
+        """Count an update. Free of waiting."""
+        self._unread.append(verdict)
+        if all(each.is_known for each in self._unread) or len(self._unread) >= MOST_UNREAD:
+            self._read()
+
+    def may_have_reached(self, limit: int) -> bool:
+        """Whether ``limit`` skips in a row are possible; False needs no reading."""
+        return self._in_a_row + len(self._unread) >= limit
+
+    @property
+    def in_all(self) -> int:
+        self._read()
+        return self._in_all
+
+    @property
+    def in_a_row(self) -> int:
+        self._read()
+        return self._in_a_row
+
+    def _read(self) -> None:
+        unknown = [verdict.found_inf for verdict in self._unread if not verdict.is_known]
+        answers = iter(torch.stack(unknown).tolist() if unknown else [])
+        for verdict in self._unread:
+            skipped = verdict.overflowed if verdict.is_known else bool(next(answers))
+            self._in_all += skipped
+            self._in_a_row = self._in_a_row + 1 if skipped else 0
+        self._unread.clear()

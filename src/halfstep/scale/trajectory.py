@@ -1,0 +1,138 @@
+"""How a loss scale moves: a frozen `Rule`, and a `Trajectory` whose three numbers live on the device.
+
+::
+
+    overflow:  overflows += 1, good = 0;  if overflows >= hysteresis: scale = max(scale * backoff_factor, min_scale)
+    otherwise: overflows = 0, good += 1;  if good == growth_interval: scale = min(scale * growth_factor, max_scale),
+                                                                      good = 0
+
+Everything is tensor arithmetic, so that the host never has to wait to learn whether a step overflowed. The floor is not
+cosmetic: without it PyTorch's scale reaches 0 after 166 overflows, and the next finite step computes 0 * inf.
+
+Source: ``torch._amp_update_scale_`` (the two factors); hysteresis as in Megatron-LM and DeepSpeed, where 1 is "at
+once".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Below this a scale's reciprocal is inf, or the scale itself is flushed to zero on a GPU.
+SMALLEST_SCALE = 2.0**-126
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a loss scale may do. Training never changes it.
+
+    Raises:
+        ValueError: bounds out of order, or a factor on the wrong side of 1.
+    """
+
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    min_scale: float
+    max_scale: float
+    hysteresis: int  #: so many overflows in a row lower the scale, and each one after them; 1: each one does
+    dynamic: bool  #: False: the scale never moves by itself
+
+    def __post_init__(self) -> None:
+        if not SMALLEST_SCALE <= self.min_scale <= self.max_scale < math.inf:
+            raise ValueError(
+                f"loss scales must satisfy 2^-126 <= min_scale <= max_scale < inf, not min_scale={self.min_scale:g}, "
+                f"max_scale={self.max_scale:g}: gradients are multiplied by 1 / scale, which has to be finite"
+            )
+        if self.hysteresis < 1:
+            raise ValueError(f"hysteresis must be at least 1 (lower the scale at once), not {self.hysteresis}")
+
+    def within(self, scale: float) -> float:
+        """``scale`` brought between floor and cap."""
+        return min(max(scale, self.min_scale), self.max_scale)
+
+
+class Trajectory:
+    """A scale, the good steps since it moved, and the overflows in a row. Plain numbers until `on` a device.
+
+    Args:
+        scale: where it starts.
+        good: steps without overflow since the scale moved.
+        overflows: overflows in a row.
+    """
+
+    def __init__(self, scale: float, good: int = 0, overflows: int = 0) -> None:
+        self._start = (scale, good, overflows)
+        self._tensors: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale (FP32), good steps and overflows (int32), 0-dim, put on ``device`` at the first call."""
+        if self._tensors is None:
+            scale, good, overflows = self._start
+            self._tensors = (
+                torch.full((), scale, dtype=torch.float32, device=device),
+                torch.full((), good, dtype=torch.int32, device=device),
+                torch.full((), overflows, dtype=torch.int32, device=device),
+            )
+        return self._tensors
+
+    def state(self) -> tuple[float, int, int]:
+        """The three numbers. Waits for the device."""
+        if self._tensors is None:
+            return self._start
+        scale, good, overflows = self._tensors
+        return float(scale.item()), int(good.item()), int(overflows.item())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_start": self.state(), "_tensors": None}
+
+
+def move_(
+    scale: Tensor, good: Tensor, overflows: Tensor, found_inf: Tensor, rule: Rule, *, void: Tensor | None = None
+) -> None:
+    """Move a trajectory's tensors by one update, in place.
+
+    Args:
+        found_inf: above 0 where the update's gradients overflowed.
+        void: where this is above 0 the update does not count, and nothing moves.
+    """
+    if not rule.dynamic:
+        return
+    tensors = (scale, good, overflows)
+    before = [tensor.clone() for tensor in tensors] if void is not None or rule.hysteresis > 1 else []
+    torch._amp_update_scale_(scale, good, found_inf, rule.growth_factor, rule.backoff_factor, rule.growth_interval)
+    scale.clamp_(rule.min_scale, rule.max_scale)
+    if rule.hysteresis > 1:
+        overflows.add_(1).mul_(found_inf > 0)
+        tolerated = (overflows > 0) & (overflows < rule.hysteresis)
+        scale.copy_(torch.where(tolerated, before[0], scale))
+    if void is not None:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(void > 0, value, tensor))
+
+
+def take_(scale: Tensor, new_scale: float | Tensor, rule: Rule) -> None:
+    """Set a scale by hand, inside floor and cap.
+
+    Args:
+        new_scale: a number, or a tensor of one element, of any shape, format and device; there inf and NaN, which the
+            host does not see, leave the scale as it is.
+
+    Raises:
+        ValueError: not a finite number.
+        AssertionError: a tensor of several elements; PyTorch's scaler raises this.
+    """
+    if isinstance(new_scale, Tensor):
+        if new_scale.numel() != 1:
+            raise AssertionError(f"new_scale must be a number or a 1-element tensor, not {tuple(new_scale.shape)}")
+        value = new_scale.detach().reshape(()).to(scale.device, torch.float32, non_blocking=True)
+        scale.copy_(torch.where(value.isfinite(), value, scale))
+    elif math.isfinite(new_scale):
+        scale.fill_(float(new_scale))
+    else:
+        raise ValueError(f"a loss scale cannot be {new_scale}")
+    scale.clamp_(rule.min_scale, rule.max_scale)
