@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -124,14 +126,16 @@ def test_interrupted_comparison_reports_what_is_there(tmp_path, cli):
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     wanted = Path("c/fp32.seed0.jsonl")
-    for _ in range(600):
-        if wanted.exists() and wanted.read_text().count('"kind": "step"') > 5:
-            break
-        time.sleep(0.1)
-    import os
-
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
-    out, err = running.communicate(timeout=60)
+    try:
+        for _ in range(600):
+            if wanted.exists() and wanted.read_text().count('"kind": "step"') > 5:
+                break
+            time.sleep(0.1)
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+        out, err = running.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
     assert running.returncode == 130, err
     assert "interrupted" in err and "fp32" in out and "Traceback" not in err
     left = record.read(wanted)

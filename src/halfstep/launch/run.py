@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+import torch
 
 from halfstep import hardware
 from halfstep.autocast import float32_precision
@@ -95,6 +97,8 @@ def run_under_policy(
             if seed is not None:
                 stack.enter_context(seeded(seed))
             stack.enter_context(float32_precision(chosen))
+            if chosen.lowers:
+                stack.enter_context(_without_fused_attention())
             patches.install()
             try:
                 outcome = run(script, code, arguments)
@@ -194,6 +198,17 @@ def _closing_notices(session: Session, policy: Policy, outcome: Outcome) -> list
             )
         ]
     return []
+
+
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """Inference in nn.TransformerEncoder and MultiheadAttention fuses past autocast, with whatever dtypes it meets."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _shown(script: Path) -> str:

@@ -83,10 +83,6 @@ class Session:
         self._scaling = ScriptScaling()
         self._statistics = KeptStatistics()
         self._islands = ScriptIslands()
-        # Inference in nn.TransformerEncoder and MultiheadAttention fuses past autocast, with whatever dtypes it meets.
-        self._mha_fastpath = torch.backends.mha.get_fastpath_enabled()
-        if policy.lowers:
-            torch.backends.mha.set_fastpath_enabled(False)
 
     # ------------------------------------------------------------------ forward
 
@@ -225,7 +221,6 @@ class Session:
         self.steps.close()
         self._islands.remove()
         self._scaling.close()
-        torch.backends.mha.set_fastpath_enabled(self._mha_fastpath)
 
     # ------------------------------------------------------------------ helpers, in the order of their first use
 
