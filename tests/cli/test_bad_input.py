@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,32 @@ def test_script_that_never_trains_is_told_so(cli):
     ended = cli("run", "--no-record", "--policy", "bf16-mixed", "idle.py")
     assert ended.code == 0 and ended.out == "hello\n"
     assert "backward was never called" in ended.err
+
+
+def test_baseline_that_no_record_is_of(cli):
+    assert cli("run", "--policy", "fp32", "--record", "r.jsonl", "train.py", "4").code == 0
+    ended = cli("report", "--baseline", "bogus", "r.jsonl")
+    assert ended.code == USAGE and "no run of baseline 'bogus' among these records; there are: fp32" in ended.err
+    assert not Path("report.html").exists()
+
+
+def test_report_into_a_folder_names_what_was_asked_for(cli):
+    cli("run", "--policy", "fp32", "--record", "r.jsonl", "train.py", "4")
+    Path("folder").mkdir()
+    ended = cli("report", "--output", "folder", "r.jsonl")
+    assert ended.code == FAILED and "folder: is a folder; name a file in it" in ended.err
+    ended = cli("report", "--output", "nowhere/report.html", "r.jsonl")
+    assert ended.code == FAILED and "nowhere/report.html: the report cannot be written here" in ended.err
+    assert list(Path("folder").iterdir()) == []
+
+
+def test_summary_of_a_nan_run_is_strict_json(cli):
+    Path("nan.py").write_text(
+        Path("train.py").read_text().replace(".square().mean()\n    loss", ".mean() * float('nan')\n    loss")
+    )
+    ended = cli("run", "--json", "--quiet", "--no-record", "--policy", "fp32", "nan.py", "4")
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    assert json.loads(ended.out.splitlines()[-1], parse_constant=refuse)["last_loss"] == "NaN"
