@@ -16,7 +16,7 @@ from halfstep.engine import MixedPrecision, StepResult
 from halfstep.policy import POLICIES, Policy, UnknownPolicyError, choose
 from halfstep.scale import GradScaler
 
-MIXED = [p for p in POLICIES.values() if not p.master_weights and p.name != "tf32"]
+MIXED = [p for p in POLICIES.values() if not p.master_weights and p.name != "tf32" and not p.emulate]
 MASTER = [p for p in POLICIES.values() if p.master_weights]
 SCALED = [p for p in POLICIES.values() if p.loss_scaling]
 OVERFLOW_AT = 3

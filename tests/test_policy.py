@@ -39,7 +39,8 @@ def test_the_table_in_the_docstring_is_the_code() -> None:
         assert policy.master_weights == ("-master" in name)
         assert policy.lowers == ("autocast to" in row)
         if policy.lowers:
-            assert f"autocast to {policy.compute}" in row and policy.compute in name
+            assert policy.compute in name
+            assert f"autocast to {'bf16 (³)' if policy.float8 else policy.compute}" in row
 
 
 def test_only_the_format_that_underflows_is_scaled() -> None:
@@ -63,7 +64,7 @@ def test_an_unknown_name_gets_the_nearest_known(text: str, near: str) -> None:
         parse(text)
     assert str(error.value) == (
         f"unknown policy {text!r}. Did you mean {near!r}? "
-        "Known: auto, fp32, tf32, bf16-mixed, fp16-mixed, bf16-master, fp16-master."
+        "Known: auto, fp32, tf32, bf16-mixed, fp16-mixed, bf16-master, fp16-master, fp8-mixed:emulate."
     )
 
 
@@ -118,6 +119,12 @@ def test_fp16_is_chosen_only_where_it_is_native() -> None:
         ("tf32", gpu(7, 5), "fp32", "tf32 was asked for, but is missing here"),
         ("tf32", gpu(8, 0), "tf32", "as asked; tf32 is native here"),
         ("bf16-mixed", gpu(7, 5), "bf16-mixed", "as asked; note that bf16 is emulated here"),
+        (
+            "fp8-mixed:emulate",
+            cpu(amx_bf16=True),
+            "fp8-mixed:emulate",
+            "as asked; operands of matrix products are rounded",
+        ),
     ],
 )
 def test_a_named_policy_is_kept_with_a_word_about_the_device(

@@ -4,18 +4,20 @@ A policy is a frozen value; ``str(policy)`` is its name and ``parse(str(policy))
 as command-line argument, log line and JSON. `choose` picks one for a device and returns *(policy, reason)*: the
 reason is always printed and recorded.
 
-========== ========== ==================== ============ =============
-name       parameters compute              masters      loss scaling
-========== ========== ==================== ============ =============
-fp32       fp32       fp32                 –            none
-tf32       fp32       fp32, TF32 matmuls   –            none
-bf16-mixed fp32       autocast to bf16     – (¹)        none
-fp16-mixed fp32       autocast to fp16     – (¹)        dynamic
-bf16-master bf16 (²)  autocast to bf16     fp32         none
-fp16-master fp16 (²)  autocast to fp16     fp32         dynamic
-========== ========== ==================== ============ =============
+================= ========== ==================== ============ =============
+name              parameters compute              masters      loss scaling
+================= ========== ==================== ============ =============
+fp32              fp32       fp32                 –            none
+tf32              fp32       fp32, TF32 matmuls   –            none
+bf16-mixed        fp32       autocast to bf16     – (¹)        none
+fp16-mixed        fp32       autocast to fp16     – (¹)        dynamic
+bf16-master       bf16 (²)   autocast to bf16     fp32         none
+fp16-master       fp16 (²)   autocast to fp16     fp32         dynamic
+fp8-mixed:emulate fp32       autocast to bf16 (³) – (¹)        none
+================= ========== ==================== ============ =============
 
-(¹) the FP32 parameters are the masters. (²) normalisation layers stay FP32.
+(¹) the FP32 parameters are the masters. (²) normalisation layers stay FP32. (³) the operands of matrix
+products are rounded to float8 around FP32 arithmetic. It exists only emulated, and ``auto`` never takes it.
 
 Options follow the name, fields separated by ``:`` and items by ``+``, in this order when written::
 
@@ -72,6 +74,7 @@ class Policy:
     tf32: bool = False  #: float32 matrix products may run in TF32
     master_weights: bool = False  #: parameters are kept in compute_dtype, with FP32 masters in the optimizer
     loss_scaling: bool = False  #: dynamic, because gradients of this format underflow
+    float8: bool = False  #: matrix products round their operands to float8; only with `emulate`
     keep_fp32: tuple[str, ...] = ()  #: module-path globs that stay FP32: parameters and computation
     fp32_ops: tuple[str, ...] = ()  #: ops that compute in FP32, whatever the rules say
     low_ops: tuple[str, ...] = ()  #: ops that compute in compute_dtype, whatever the rules say
@@ -98,6 +101,11 @@ class Policy:
                 for overload in overloads(name):
                     if listed.setdefault(overload, field) != field:
                         raise PolicyOptionError(f"op {name!r} is in fp32_ops and in low_ops: it can only run in one")
+        if self.float8 and not self.emulate:
+            raise PolicyOptionError(
+                f"{self.name} exists only emulated: native float8 is not built. Use {self.name}:emulate, which rounds "
+                "operands to float8 around FP32 arithmetic (for its effect on training, not for speed)"
+            )
         used = [field for field, _ in self._written()]
         if used and not self.lowers:
             raise PolicyOptionError(f"{self.name} lowers nothing, so {', '.join(used)} would have no effect")
@@ -113,7 +121,9 @@ class Policy:
 
     @property
     def compute(self) -> str:
-        """The name of the format that matrix products run in: fp32, tf32, bf16 or fp16."""
+        """The name of the format that matrix products run in: fp32, tf32, bf16, fp16 or fp8."""
+        if self.float8:
+            return "fp8"
         return "tf32" if self.tf32 else _FORMAT_NAMES[self.compute_dtype]
 
     @property
@@ -122,8 +132,9 @@ class Policy:
         return self.compute_dtype is not torch.float32
 
 
+#: The policies by their text; a name alone is one, but for ``fp8-mixed``, which is nothing without ``emulate``.
 POLICIES: dict[str, Policy] = {
-    policy.name: policy
+    str(policy): policy
     for policy in (
         Policy("fp32"),
         Policy("tf32", tf32=True),
@@ -131,8 +142,10 @@ POLICIES: dict[str, Policy] = {
         Policy("fp16-mixed", torch.float16, loss_scaling=True),
         Policy("bf16-master", torch.bfloat16, master_weights=True),
         Policy("fp16-master", torch.float16, master_weights=True, loss_scaling=True),
+        Policy("fp8-mixed", torch.bfloat16, float8=True, emulate=True),
     )
 }
+_BY_NAME = {policy.name: policy for policy in POLICIES.values()}
 
 
 def parse(text: str) -> Policy:
@@ -147,12 +160,13 @@ def parse(text: str) -> Policy:
     """
     name, options = _split(text)
     try:
-        policy = POLICIES[name]
+        policy = _BY_NAME[name]
     except KeyError:
-        near = difflib.get_close_matches(name, POLICIES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(name, _BY_NAME, n=1)
+        hint = f" Did you mean {str(_BY_NAME[near[0]])!r}?" if near else ""
         raise UnknownPolicyError(f"unknown policy {name!r}.{hint} Known: auto, {', '.join(POLICIES)}.") from None
-    return replace(policy, **options) if options else policy
+    asked = replace(policy, **{"emulate": False, **options})
+    return policy if asked == policy else asked
 
 
 @functools.cache
@@ -223,6 +237,12 @@ def resolve(text: str, facts: DeviceFacts) -> tuple[Policy, str]:
             return replace(policy, **options), reason
         return policy, f"{reason}; {', '.join(options)} would have no effect on it"
     policy = parse(text)
+    if policy.float8:
+        bf16 = facts.formats["bf16"]
+        return policy, (
+            "as asked; operands of matrix products are rounded to fp8 around FP32 arithmetic (slower, not faster); "
+            f"the rest is bf16, which is {bf16.support} here ({bf16.because})"
+        )
     support = facts.formats[policy.compute]
     if policy.compute == "tf32" and support.support == "missing":
         return POLICIES["fp32"], f"tf32 was asked for, but is missing here ({support.because}): this is fp32"

@@ -28,7 +28,7 @@ def policies(draw: st.DrawFn) -> Policy:
         fp32_ops=tuple(op for op in ops if "softmax" in op),
         low_ops=tuple(op for op in ops if "softmax" not in op),
         rules=draw(st.sampled_from(["torch", "cuda"])),
-        emulate=draw(st.booleans()),
+        emulate=draw(st.booleans()) or base.float8,
     )
 
 
@@ -77,6 +77,8 @@ def test_the_grammar_by_example() -> None:
         ("bf16-mixed:fp32_ops=softmax.nothing", "has no op 'softmax.nothing'. Near: softmax"),
         ("bf16-mixed:fp32_ops=add_", "writes into its arguments .*'add'"),
         ("bf16-mixed:fp32_ops=softmax:low_ops=softmax.int", "op 'softmax.int' is in fp32_ops and in low_ops"),
+        ("fp8-mixed", "native float8 is not built. Use fp8-mixed:emulate"),
+        ("fp8-mixed:keep_fp32=head", "native float8 is not built. Use fp8-mixed:emulate"),
         ("fp32:emulate", "fp32 lowers nothing, so emulate would have no effect"),
         ("tf32:keep_fp32=a:rules=cuda", "tf32 lowers nothing, so keep_fp32, rules"),
     ],
@@ -91,6 +93,8 @@ def test_what_cannot_be_is_refused_with_what_was_meant(text: str, message: str) 
 def test_an_unknown_name_with_options_is_an_unknown_name() -> None:
     with pytest.raises(UnknownPolicyError, match=r"unknown policy 'bf16_mixed'\. Did you mean 'bf16-mixed'"):
         parse("bf16_mixed:emulate")
+    with pytest.raises(UnknownPolicyError, match=r"unknown policy 'fp8_mixed'\. Did you mean 'fp8-mixed:emulate'"):
+        parse("fp8_mixed")
 
 
 def test_ops_mean_their_overloads_that_return_a_new_tensor() -> None:

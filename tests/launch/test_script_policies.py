@@ -47,6 +47,7 @@ def script(tmp_path: Path) -> Path:
         ("bf16-mixed", "bfloat16", "bfloat16"),
         ("bf16-mixed:keep_fp32=head", "bfloat16", "float32"),
         ("fp16-mixed:rules=cuda:emulate", "float32", "float16"),
+        ("fp8-mixed:emulate", "bfloat16", "bfloat16"),
         ("fp16-mixed:fp32_ops=linear:low_ops=softmax", "float16", "float32"),
         ("bf16-master:keep_fp32=h*:rules=cuda", "float32", "float32"),
     ],

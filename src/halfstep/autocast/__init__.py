@@ -5,6 +5,7 @@ region     `autocast` enters a policy; `recomputation` is its counterpart for ba
 rules      which op runs in which format: CUDA's lists, and a policy's changes to a device's
 kernels    the rules in PyTorch's dispatcher, while a region is entered
 emulate    16-bit matrix products by FP32 arithmetic
+float8     matrix products on operands rounded to float8
 islands    `keep_fp32`: modules that stay FP32, by path
 containers `to_float32`, `cast_inputs`: casts through tuples, mappings and dataclasses
 storage    `store_parameters`: parameters in the policy's format, for master-weight policies

@@ -17,7 +17,9 @@ thing.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from halfstep.autocast.containers import map_tensors
 class _Now(threading.local):
     def __init__(self) -> None:
         self.format: torch.dtype | None = None
+        self.unlisted = False
 
 
 _now = _Now()
@@ -43,17 +46,40 @@ def takes(args: Any, kwargs: Any, low: torch.dtype) -> bool:
 
 def rounded(op: Any, args: Any, kwargs: Any, low: torch.dtype) -> Any:
     """``op`` in FP32 arithmetic on inputs of dtype ``low``, its FP32 outputs rounded to ``low``."""
-    before, _now.format = _now.format, low
-    try:
+    with listed_as(low):
         result = op(*map_tensors(args, _up(low)), **map_tensors(kwargs, _up(low)))
         return map_tensors(result, lambda t: t.to(low) if t.dtype is torch.float32 else t)
-    finally:
-        _now.format = before
 
 
 def format_now() -> torch.dtype | None:
     """The format being emulated by the op that runs in this thread, if any."""
     return _now.format
+
+
+@contextlib.contextmanager
+def listed_as(format: torch.dtype | None) -> Iterator[None]:
+    """The ops inside are the emulated product itself, of this format."""
+    before = _now.format, _now.unlisted
+    _now.format, _now.unlisted = format, False
+    try:
+        yield
+    finally:
+        _now.format, _now.unlisted = before
+
+
+@contextlib.contextmanager
+def unlisted() -> Iterator[None]:
+    """The ops inside are steps of an emulation (scaling, rounding), which an explanation leaves out."""
+    before, _now.unlisted = _now.unlisted, True
+    try:
+        yield
+    finally:
+        _now.unlisted = before
+
+
+def is_unlisted() -> bool:
+    """Whether the op that runs in this thread is such a step."""
+    return _now.unlisted
 
 
 def _up(low: torch.dtype) -> Any:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+_EMULATED = {**_FORMATS, torch.float8_e4m3fn: "fp8"}
 _CASTS = ("_to_copy", "_autocast_to_reduced_precision", "_autocast_to_full_precision")
 _NO_ARITHMETIC = ("empty", "empty_like", "empty_strided", "new_empty", "clone", "copy_", "lift_fresh", "detach")
 
@@ -91,6 +92,8 @@ class _Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if emulate.is_unlisted():
+            return result
         name = func.__name__.partition(".")[0]
         ins, outs = _formats((args, kwargs)), _formats(result)
         emulated = emulate.format_now()
@@ -98,7 +101,7 @@ class _Seen(TorchDispatchMode):
             if ins and outs and ins[0] != outs[0] and emulated is None:
                 self.counts[self.path[-1], "cast", f"{ins[0]} → {outs[0]}"] += 1
         elif not (_is_view(func) or name in _NO_ARITHMETIC) and (outs or ins):
-            form = (outs or ins)[0] if emulated is None else f"{_FORMATS[emulated]} emulated"
+            form = (outs or ins)[0] if emulated is None else f"{_EMULATED[emulated]} emulated"
             self.counts[self.path[-1], name.removeprefix("_"), form] += 1
         return result
 

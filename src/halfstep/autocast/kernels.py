@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from halfstep.autocast import emulate
+from halfstep.autocast import emulate, float8
 from halfstep.autocast.containers import map_tensors
 from halfstep.autocast.rules import AUTOCAST_KEYS, HEAVY, NO_CPU_KERNEL, Plan, Rule, registered
 
@@ -159,10 +159,13 @@ def _kernel(name: str, device_type: str) -> Kernel:
             rule = "none"
         elif rule != "none":
             target, args, kwargs = _apply(rule, op, args, kwargs, low, device_type)
-        if ((plan.emulate and heavy) or missing) and emulate.takes(args, kwargs, low):
+        emulated = missing or (plan.emulate and not plan.float8 and heavy)
+        if (emulated or (plan.float8 and name in float8.PRODUCTS)) and emulate.takes(args, kwargs, low):
             with torch._C._ExcludeDispatchKeyGuard(off):
+                if plan.float8 and not emulated:
+                    return float8.product(name, args, kwargs, low)
                 return emulate.rounded(target, args, kwargs, low)
-        if plan.emulate and rule == "lower":
+        if plan.emulate and rule == "lower" and (not plan.float8 or name in float8.MADE_OF_PRODUCTS):
             # A composite op: skip autocast for itself only, so that its parts come by here and are emulated.
             with _inside():
                 return op.redispatch(keyset & below, *args, **kwargs)

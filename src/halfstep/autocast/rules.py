@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from halfstep.autocast.float8 import MADE_OF_PRODUCTS, PRODUCTS
 from halfstep.policy import Policy, overloads
 
 #: How an op's inputs are cast:
@@ -102,6 +103,7 @@ class Plan:
     device_type: str
     rules: Mapping[str, Rule]  #: op with overload -> rule, without the ``aten::``
     emulate: bool
+    float8: bool  #: of what would be emulated, only products and what is made of them, in float8
 
     __hash__ = object.__hash__
 
@@ -134,14 +136,15 @@ def plan(policy: Policy, device_type: str) -> Plan | None:
         rules |= {op: rule for rule, ops in CUDA.items() for op in ops if torch._C._dispatch_has_kernel(f"aten::{op}")}
         rules |= dict.fromkeys((op for op in _CUDNN_STAND_INS if op in rules), "lower")
     if policy.emulate:
-        for op in HEAVY | set(CUDA["lower"] if as_cuda else CPU_LOWER):
-            rules.setdefault(op, "lower" if op in (CUDA["lower"] if as_cuda else CPU_LOWER) else "none")
+        lower = set(CUDA["lower"] if as_cuda else CPU_LOWER)
+        for op in PRODUCTS.keys() | (MADE_OF_PRODUCTS & lower) if policy.float8 else HEAVY | lower:
+            rules.setdefault(op, "lower" if op in lower else "none")
     for names, rule in ((policy.fp32_ops, "fp32"), (policy.low_ops, "lower")):
         for name in names:
             rules |= dict.fromkeys((full.removeprefix("aten::") for full in overloads(name)), rule)  # type: ignore[arg-type]  # a literal of Rule
     if not rules:
         return None
-    return Plan(device_type, MappingProxyType(rules), policy.emulate)
+    return Plan(device_type, MappingProxyType(rules), policy.emulate, policy.float8)
 
 
 def registered(device_type: str) -> frozenset[str]:

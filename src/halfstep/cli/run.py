@@ -34,7 +34,8 @@ def run(
     policy: Annotated[
         str,
         typer.Option(
-            help="auto, fp32, tf32, bf16-mixed, fp16-mixed or bf16-master, with options: bf16-mixed:keep_fp32=head."
+            help="auto, fp32, tf32, bf16-mixed, fp16-mixed, bf16-master or fp8-mixed:emulate, "
+            "with options: bf16-mixed:keep_fp32=head."
         ),
     ] = "auto",
     device: Annotated[str | None, typer.Option(help="The device that auto chooses for: cpu, cuda, mps, xpu.")] = None,
