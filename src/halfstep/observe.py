@@ -97,7 +97,7 @@ class PeakMemory(TorchDispatchMode):
         try:
             storage = tensor.untyped_storage()
             size = storage.nbytes()
-        except (RuntimeError, NotImplementedError):  # sparse and other tensors without a storage
+        except RuntimeError:  # sparse and other tensors without a storage
             return None
         if not isinstance(size, int) or isinstance(tensor, FakeTensor):  # of a compiler at work: no bytes behind it
             return None

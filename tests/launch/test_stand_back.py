@@ -206,3 +206,17 @@ def test_checkpoint_of_a_master_run_resumes_bit_for_bit(launch):
         for name, value in state.items():
             assert value.dtype is torch.float32
             assert torch.equal(resumed.out["optimizer"]["state"][index][name], value), (index, name)
+
+
+def test_model_on_the_meta_device_is_let_through(launch):
+    ran = launch(
+        """
+        import torch
+        from torch import nn
+        with torch.device("meta"):
+            shape = nn.Linear(8, 4)(torch.empty(2, 8)).shape
+        torch.save({"shape": list(shape)}, "out.pt")
+        """,
+        "bf16-mixed",
+    )
+    assert ran.run.exit_code == 0 and ran.out["shape"] == [2, 4]

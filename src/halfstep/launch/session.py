@@ -1,10 +1,7 @@
 """What happens where an unmodified script passes through PyTorch's entry points.
 
-The outermost module call runs in autocast and hands its outputs back in FP32. Backward multiplies the loss by the
-scale, and each parameter's gradient is divided by it *as it arrives* (a tensor hook, before accumulation): the script
-never sees a scaled gradient, so its own clipping, norms and accumulation are right without knowing. That costs
-nothing in range, because under a mixed policy parameters and their gradients are FP32. The scale moves between
-backwards, never within one.
+The outermost module call runs in autocast and hands its outputs back in FP32; ``scaling`` scales the loss and unscales
+gradients as they arrive; an optimizer's step is made, made on masters, or skipped; ``steps`` records it.
 
 What the script already does itself (autocast, a GradScaler, 16-bit parameters) is left to it, and named in a notice.
 """
@@ -95,8 +92,10 @@ class Session:
             first = next(module.parameters(), None)
             if first is None:  # a loss, a pooling, an augmentation: nothing to gain in 16 bits, and losses want FP32
                 return original(module, *args, **kwargs)
-            self.forwards_seen += 1
             device_type = first.device.type
+            if device_type not in hardware.DEVICE_TYPES:  # meta: shapes without numbers, no format to choose
+                return original(module, *args, **kwargs)
+            self.forwards_seen += 1
             if device_type != self.device_type:
                 self._change_device(device_type)
             # In backward a module call is a recomputation. What was checkpointed inside a module finds the
@@ -268,14 +267,14 @@ class Session:
                 name,
             )
         if not own_low_precision:
-            self._prepare(module, [p for _, p in parameters])
+            self._prepare(module)
         self._known_modules[module] = own_low_precision
         return own_low_precision
 
     def _has_master(self, parameter: Tensor) -> bool:
         return any(masters.holds(parameter) for masters in self._masters.values())
 
-    def _prepare(self, module: nn.Module, parameters: list[Tensor]) -> None:
+    def _prepare(self, module: nn.Module) -> None:
         self._islands.apply(module, self.policy.keep_fp32, self.device_type)
         if self.policy.master_weights:
             if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -284,11 +283,9 @@ class Session:
                     "built for FP32 gradients. Use bf16-mixed, or halfstep.MixedPrecision before wrapping the model"
                 )
             # Only what an optimizer steps: a frozen model or an averaged copy has no master to keep its low bits.
-            stepped = {id(p) for p in parameters if self._has_master(p)}
-            for parameter, float32 in store_parameters(module, self.policy, only=stepped).items():
-                for masters in self._masters.values():
-                    if masters.holds(parameter):
-                        masters.adopt(parameter, float32)
+            owners = {id(p): m for m in self._masters.values() for g in m.optimizer.param_groups for p in g["params"]}
+            for parameter, float32 in store_parameters(module, self.policy, only=set(owners)).items():
+                owners[id(parameter)].adopt(parameter, float32)
 
     def _stepped_by_policy(
         self, original: Original, optimizer: Optimizer, args: Any, kwargs: Any
