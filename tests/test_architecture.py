@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "scale": BASE | {"autocast"},
     "optim": BASE | {"autocast"},
     "engine": STEP,
+    "checkpoint": set(),
     "record": set(),
     "observe": STEP | {"engine", "record"},
     "compare": BASE | {"record", "observe"},
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": STEP | {"engine", "record", "observe", "compare", "report", "launch"},
     "workloads": set(),
     "__main__": {"cli"},
-    "__init__": STEP | {"engine", "observe", "record", "compare"},
+    "__init__": STEP | {"engine", "checkpoint", "observe", "record", "compare"},
 }
 #: Single modules that may import more than their part.
 EXCEPTIONS = {"cli.demo": {"workloads"}}

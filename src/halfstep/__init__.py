@@ -1,6 +1,7 @@
 """halfstep: mixed-precision training of PyTorch models: automatic, measured, explained."""
 
 from halfstep.autocast import autocast, cast_inputs, keep_fp32, recomputation
+from halfstep.checkpoint import CheckpointError, load, save
 from halfstep.engine import MixedPrecision, StepResult
 from halfstep.hardware import DeviceFacts, DeviceUnavailableError, detect
 from halfstep.optim import MasterWeights
@@ -11,6 +12,7 @@ from halfstep.version import __version__
 
 __all__ = [
     "POLICIES",
+    "CheckpointError",
     "DeviceFacts",
     "DeviceUnavailableError",
     "GradScaler",
@@ -27,6 +29,8 @@ __all__ = [
     "choose",
     "detect",
     "keep_fp32",
+    "load",
     "parse_policy",
     "recomputation",
+    "save",
 ]

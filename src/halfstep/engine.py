@@ -20,6 +20,17 @@ What `MixedPrecision.step` does, in this order::
                                                         running statistics of the forward pass included
     move the loss scale; zero the gradients
 
+That is how any torch optimizer is stepped; unscaling and clipping read and write all gradients, once each, and masters
+are 4 bytes of their own. Those of `halfstep.optim` hold the masters themselves, and do all of it in two passes::
+
+    read all gradients: norm, largest magnitudes, inf and NaN           only where it clips or scales
+    read each parameter's gradient, times 1 / scale and what clipping takes; step its master; write it back
+
+Two numbers on the device tell the second pass what to multiply by and whether to change anything, so the host waits
+once, at the end, to say in `StepResult` what happened. The numbers are those of the same optimizer of ``torch.optim``,
+bit for bit. Where gradients are clipped they differ by a rounding: a gradient is multiplied by the product of 1 / scale
+and the clip coefficient, and not by one after the other, and the norm is summed in float64.
+
 Accumulate by calling ``backward(loss / n)`` n times before ``step``. The optimizer stays the user's: schedulers and
 checkpoints go on using it, and its state dict; `MixedPrecision.state_dict` holds it with masters and loss scale.
 """
@@ -27,8 +38,8 @@ checkpoints go on using it, and its state dict; `MixedPrecision.state_dict` hold
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,9 +48,40 @@ from torch import Tensor, nn
 from halfstep import hardware
 from halfstep.autocast import LOW_PRECISION, autocast, float32_precision, keep_fp32, recomputation, store_parameters
 from halfstep.autocast.explanation import Explanation, explain
-from halfstep.optim import MasterWeights
+from halfstep.optim import MasterOptimizer, MasterWeights
+from halfstep.optim.release import GradientRelease
+from halfstep.optim.surveying import clip_coefficient
 from halfstep.policy import Policy, resolve
 from halfstep.scale import GradScaler
+
+
+class LargestGradients(Mapping[str, float]):
+    """The largest magnitude of each parameter's unscaled gradient, by the parameter's name; inf or NaN if it has one.
+
+    They were found in the pass that looks for inf and NaN. Reading the first of them waits for the device.
+
+    Args:
+        names: of the parameters that had gradients.
+        amax: float32 (number of names,), of the gradients as they were.
+        inverse_scale: float32 0-d: what they have to be multiplied by.
+    """
+
+    def __init__(self, names: Sequence[str], amax: Tensor, inverse_scale: Tensor | float) -> None:
+        self._names = names
+        self._amax = amax
+        self._inverse_scale = inverse_scale
+        self._read: dict[str, float] | None = None
+
+    def __getitem__(self, name: str) -> float:
+        if self._read is None:
+            self._read = dict(zip(self._names, (self._amax * self._inverse_scale).tolist(), strict=True))
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -49,6 +91,8 @@ class StepResult:
     applied: bool  #: False: the gradients held inf or NaN and the model is as it was
     scale: float | None  #: the loss scale of this step's gradients; None without loss scaling
     grad_norm: float | None  #: 2-norm of the unscaled gradients before clipping; None unless clipping was asked for
+    #: Largest magnitudes by parameter, where they were looked for in the first of two passes; else None.
+    largest_gradients: LargestGradients | None = field(default=None, compare=False, repr=False)
 
 
 class MixedPrecision:
@@ -57,7 +101,8 @@ class MixedPrecision:
     Args:
         model: on its device already. Under a master-weight policy its parameters are put into 16 bits, in place;
             normalisation layers stay FP32.
-        optimizer: any torch optimizer over the model's parameters.
+        optimizer: any torch optimizer over the model's parameters; those of `halfstep.optim` step in two passes, and
+            are their own masters.
         policy: a policy, its name, or "auto" for this device's best.
         scaler: the loss scaler to use instead of a default `GradScaler`; only where the policy scales the loss.
 
@@ -90,17 +135,22 @@ class MixedPrecision:
         self.optimizer = optimizer
         _require_format(model, self.policy)
         self.islands = keep_fp32(model, self.policy.keep_fp32, self.device_type)
-        self.masters = MasterWeights(optimizer) if self.policy.master_weights else None
+        holds_masters = isinstance(optimizer, MasterOptimizer)
+        self.masters = MasterWeights(optimizer) if self.policy.master_weights and not holds_masters else None
+        keeper = optimizer if isinstance(optimizer, MasterOptimizer) else self.masters
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # Parameters that another optimizer trains stay FP32: it has no masters for them. Frozen ones need none.
         chosen = {id(p) for p in model.parameters() if id(p) in stepped or not p.requires_grad}
         for parameter, float32 in store_parameters(model, self.policy, chosen).items():
-            if self.masters is not None and id(parameter) in stepped:
-                self.masters.adopt(parameter, float32)
+            if keeper is not None and id(parameter) in stepped:
+                keeper.adopt(parameter, float32)
         if scaler is not None and not self.policy.loss_scaling:
             raise ValueError(f"{self.policy} does not scale the loss: a scaler would only cost a pass over memory")
         self.scaler = scaler or GradScaler(self.device_type, enabled=self.policy.loss_scaling)
         self.scaler.watch(model)
+        if isinstance(optimizer, MasterOptimizer) and optimizer.release is not None and self.scaler.is_enabled():
+            optimizer.release.scale_with(self.scaler)
+        self._names: dict[Tensor, str] = {}
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -124,14 +174,74 @@ class MixedPrecision:
 
         Args:
             max_grad_norm: clip the unscaled gradients to this 2-norm.
-            zero_grad: set gradients to None afterwards.
+            zero_grad: set gradients to None afterwards. Left there, they are unscaled and clipped where that was done
+                in memory; after two passes they are what `backward` left. Step hooks of an optimizer see the same.
 
         Raises:
             LossScaleError: too many steps in a row were skipped.
             RuntimeError: no gradient exists: `backward` was not called since the last step.
+            ValueError: a limit that an optimizer with released gradients should have known before `backward`.
         """
-        if not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
+        optimizer = self.optimizer
+        release = optimizer.release if isinstance(optimizer, MasterOptimizer) else None
+        if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]) and (
+            release is None or not release.arrived
+        ):
             raise RuntimeError("step() found no gradients: call backward(loss) first, on a loss of this model")
+        if release is not None:
+            result = self._after_release(release, max_grad_norm)
+        elif isinstance(optimizer, MasterOptimizer):
+            result = self._two_passes(optimizer, max_grad_norm)
+        else:
+            result = self._many_passes(max_grad_norm)
+        if zero_grad:
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return result
+
+    def _two_passes(self, optimizer: MasterOptimizer, max_grad_norm: float | None) -> StepResult:
+        """Step an optimizer that surveys its gradients, and unscales and clips them while it steps."""
+        scaler = self.scaler
+        if not scaler.is_enabled() and max_grad_norm is None:
+            scaler.step(optimizer)
+            return StepResult(applied=True, scale=None, grad_norm=None)
+        survey = optimizer.survey()
+        device = survey.amax.device
+        inverse, found_inf = torch.ones((), device=device), None
+        if scaler.is_enabled():
+            unscaling = scaler.take_survey(optimizer, survey)
+            inverse, found_inf = unscaling.inverse.to(device, non_blocking=True), unscaling.found_inf
+        coefficient, norm = inverse, []
+        if max_grad_norm is not None:
+            coefficient = clip_coefficient(survey, max_grad_norm, inverse)
+            norm = [survey.sum_of_squares.sqrt() * inverse]
+        names = [self._name(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        with optimizer.scaled(coefficient, found_inf):
+            scaler.step(optimizer)
+        applied, scale, grad_norm = scaler.read(optimizer, *norm)
+        largest = LargestGradients(names, survey.amax, inverse)
+        return StepResult(applied, scale, grad_norm[0] if grad_norm else None, largest)
+
+    def _after_release(self, release: GradientRelease, max_grad_norm: float | None) -> StepResult:
+        """End the step of an optimizer that released its gradients: the backward pass has stepped the parameters."""
+        if max_grad_norm is not None and max_grad_norm != release.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm={max_grad_norm:g} comes too late: with release_gradients=True the backward pass has "
+                f"stepped the parameters. Set optimizer.release.max_grad_norm = {max_grad_norm:g} before training"
+            )
+        self.scaler.step(self.optimizer)
+        norm = [] if max_grad_norm is None or release.grad_norm is None else [release.grad_norm]
+        applied, scale, grad_norm = self.scaler.read(self.optimizer, *norm)
+        return StepResult(applied, scale, grad_norm[0] if grad_norm else None)
+
+    def _name(self, parameter: Tensor) -> str:
+        """The model's name of a parameter; a number for one that is not the model's."""
+        if parameter not in self._names:
+            self._names.update({p: name for name, p in self.model.named_parameters()})
+        return self._names.setdefault(parameter, f"{len(self._names)}")
+
+    def _many_passes(self, max_grad_norm: float | None) -> StepResult:
+        """Step an optimizer that knows nothing of scales: its gradients are unscaled and clipped in memory before."""
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         grad_norm = None
         masters = self.masters
@@ -144,9 +254,6 @@ class MixedPrecision:
         applied = self.scaler.step_was_applied
         if applied and masters is not None:
             masters.cast_back()
-        if zero_grad:
-            self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
         return StepResult(applied, scale, grad_norm)
 
     def explain(self, *batch: Any, **kwargs: Any) -> Explanation:

@@ -12,13 +12,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from halfstep import optim
 from halfstep.scale import GradScaler
+
+NAMES = ("foreach", "fused", "surveying")
 
 
 def plain(scaler: Any, bad_rank: int, name: str) -> tuple[list[bool], list[float], float]:
     """No replication: each rank's gradients are its own."""
     weight = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight], lr=0.5, fused=name == "fused", weight_decay=0.0)
+    optimizer: torch.optim.Optimizer
+    if name == "surveying":
+        optimizer = optim.AdamW([weight], lr=0.5, weight_decay=0.0, backend="eager")
+    else:
+        optimizer = torch.optim.AdamW([weight], lr=0.5, fused=name == "fused", weight_decay=0.0)
     applied, scales = [], []
     for step in range(3):
         optimizer.zero_grad()
@@ -78,7 +85,7 @@ def replicated(collectives: list[int]) -> tuple[list[bool], list[float]]:
     return applied, scales
 
 
-def sharded(collectives: list[int]) -> tuple[list[bool], list[float]]:
+def sharded(make: Any) -> tuple[list[bool], list[float]]:
     """FSDP2: DTensor gradients, the inf in rank 0's shard only."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -86,7 +93,7 @@ def sharded(collectives: list[int]) -> tuple[list[bool], list[float]]:
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    optimizer = make(model.parameters())
     scaler = GradScaler("cpu", 2.0**10)
     applied, scales = [], []
     for step in range(3):
@@ -145,7 +152,7 @@ def main() -> None:
 
     dist.all_reduce = counted
     seen = {
-        "ours": [plain(GradScaler("cpu", 2.0**10), bad, name) for bad in (0, 1) for name in ("foreach", "fused")],
+        "ours": [plain(GradScaler("cpu", 2.0**10), bad, name) for bad in (0, 1) for name in NAMES],
         "exchanges": len(collectives),
         "group": plain(GradScaler("cpu", 2.0**10, process_group=dist.group.WORLD), 1, "foreach"),
         "alone": plain(GradScaler("cpu", 2.0**10, process_group=None), 0, "foreach"),
@@ -153,7 +160,8 @@ def main() -> None:
         "without": one_rank_without_gradients(GradScaler("cpu", 2.0**10)),
         "several": several_losses(GradScaler("cpu", 2.0**10)),
         "replicated": replicated(collectives),
-        "sharded": sharded(collectives),
+        "sharded": sharded(lambda parameters: torch.optim.AdamW(parameters, lr=0.5)),
+        "sharded and surveyed": sharded(lambda parameters: optim.AdamW(parameters, lr=0.5, backend="eager")),
         "placements": placements(),
         "measured": measured(),
     }

@@ -52,13 +52,13 @@ STEPPED_TOGETHER = [[True, False, True], [2.0**10, 2.0**9, 2.0**9]]
 
 def test_ranks_skip_together_whoever_overflows(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
-        assert [run[:2] for run in rank["ours"]] == [STEPPED_TOGETHER] * 4
+        assert [run[:2] for run in rank["ours"]] == [STEPPED_TOGETHER] * 6
         assert rank["group"][:2] == STEPPED_TOGETHER
     assert seen[0]["ours"] == seen[1]["ours"]  # the weights too
 
 
 def test_it_takes_one_exchange_a_step(seen: list[dict[str, Any]]) -> None:
-    assert [rank["exchanges"] for rank in seen] == [4 * 3] * 2
+    assert [rank["exchanges"] for rank in seen] == [6 * 3] * 2
 
 
 def test_pytorchs_scaler_lets_ranks_drift_apart_and_so_does_ours_where_asked_to(seen: list[dict[str, Any]]) -> None:
@@ -76,7 +76,7 @@ def test_the_scale_of_one_loss_is_agreed_too(seen: list[dict[str, Any]]) -> None
     assert [rank["several"] for rank in seen] == [[2.0**10, 2.0**10, 2.0**9]] * 2
 
 
-@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+@pytest.mark.parametrize("kind", ["replicated", "sharded", "sharded and surveyed"])
 def test_data_parallel_models_skip_together(seen: list[dict[str, Any]], kind: str) -> None:
     assert [rank[kind] for rank in seen] == [STEPPED_TOGETHER] * 2
 

@@ -25,7 +25,7 @@ from halfstep.launch.islands import ScriptIslands
 from halfstep.launch.own import OwnPrecision, dtype_name, in_backward
 from halfstep.launch.scaling import OverflowInClosure, ScriptScaling
 from halfstep.launch.steps import StepObserver
-from halfstep.optim import MasterWeights
+from halfstep.optim import MasterOptimizer, MasterWeights
 from halfstep.policy import Policy, resolve
 from halfstep.record import Memory, Notice, Step
 from halfstep.scale import KeptStatistics
@@ -129,6 +129,11 @@ class Session:
         with recomputation(self.policy, self.device_type):
             if not self.scales_loss:
                 return original(tensors, grad_tensors, *args, **kwargs)
+            if any(optimizer.release is not None for optimizer in self._holding_masters()):
+                raise UnsupportedError(
+                    f"{self.policy} cannot be put under an optimizer with release_gradients=True from outside: it has "
+                    "stepped before all gradients are known to be finite. Use halfstep.MixedPrecision, or bf16-mixed"
+                )
             for optimizer in list(self.stepped):  # a parameter may be kept from this graph and stepped all the same
                 self._scaling.hook(p for group in optimizer.param_groups for p in group["params"])
             return self._scaling.backward(original, roots, given, *args, **kwargs)
@@ -144,7 +149,7 @@ class Session:
                 f"{self.policy} cannot be put under sharded (DTensor) parameters from outside: use bf16-mixed, or "
                 "halfstep.MixedPrecision in the loop"
             )
-        if self.policy.master_weights:
+        if self.policy.master_weights and not isinstance(optimizer, MasterOptimizer):  # those have masters themselves
             self._masters.setdefault(optimizer, MasterWeights(optimizer))
         self._known_modules.clear()  # a module seen before its optimizer has to be looked at again
 
@@ -254,16 +259,21 @@ class Session:
         if known is not None:
             return known
         parameters = list(module.named_parameters())
-        low = [(name, p) for name, p in parameters if p.dtype in LOW_PRECISION and not self._has_master(p)]
+        mastered = _parameters(self._masters.values())
+        kept = _parameters(self._holding_masters())  # not lossy; and the policy's doing only if it is a master policy
+        if self.policy.master_weights:
+            mastered |= kept
+        low = [(name, p) for name, p in parameters if p.dtype in LOW_PRECISION and id(p) not in mastered]
         trainable_float32 = any(p.requires_grad and p.dtype is torch.float32 for _, p in parameters)
         own_low_precision = bool(low) and not trainable_float32
-        if low and any(p.requires_grad for _, p in low):
-            name, first = low[0]
+        lossy = [(name, p) for name, p in low if id(p) not in kept]
+        if any(p.requires_grad for _, p in lossy):
+            name, first = lossy[0]
             self.notice(
                 "own-16-bit-parameters",
-                f"{len(low)} of {len(parameters)} parameters of {type(module).__name__} are {dtype_name(first.dtype)} "
-                f"already (first: {name}) and have no FP32 masters, so small updates to them are lost. "
-                f"Create the model in float32 and let the policy choose",
+                f"{len(lossy)} of {len(parameters)} parameters of {type(module).__name__} are "
+                f"{dtype_name(first.dtype)} already (first: {name}) and have no FP32 masters, so small updates "
+                "to them are lost. Create the model in float32 and let the policy choose",
                 name,
             )
         if not own_low_precision:
@@ -271,8 +281,9 @@ class Session:
         self._known_modules[module] = own_low_precision
         return own_low_precision
 
-    def _has_master(self, parameter: Tensor) -> bool:
-        return any(masters.holds(parameter) for masters in self._masters.values())
+    def _holding_masters(self) -> list[MasterOptimizer]:
+        """The script's optimizers that hold masters themselves."""
+        return [optimizer for optimizer in list(self.stepped) if isinstance(optimizer, MasterOptimizer)]
 
     def _prepare(self, module: nn.Module) -> None:
         self._islands.apply(module, self.policy.keep_fp32, self.device_type)
@@ -283,7 +294,8 @@ class Session:
                     "built for FP32 gradients. Use bf16-mixed, or halfstep.MixedPrecision before wrapping the model"
                 )
             # Only what an optimizer steps: a frozen model or an averaged copy has no master to keep its low bits.
-            owners = {id(p): m for m in self._masters.values() for g in m.optimizer.param_groups for p in g["params"]}
+            keepers: list[MasterWeights | MasterOptimizer] = [*self._masters.values(), *self._holding_masters()]
+            owners = {id(p): keeper for keeper in keepers for group in keeper.param_groups for p in group["params"]}
             for parameter, float32 in store_parameters(module, self.policy, only=set(owners)).items():
                 owners[id(parameter)].adopt(parameter, float32)
 
@@ -343,3 +355,8 @@ class Session:
         if code not in self._noticed:
             self._noticed.add(code)
             self._write(Notice(code, message, where))
+
+
+def _parameters(optimizers: Iterable[Optimizer]) -> set[int]:
+    """The identities of their parameters."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -22,7 +22,12 @@ def divides_itself(optimizer: Optimizer) -> bool:
 
 
 def is_listened_to(optimizer: Optimizer) -> bool:
-    """Whether somebody replaced this optimizer's ``step`` to hear whether it is called, as Accelerate does."""
+    """Whether somebody replaced this optimizer's ``step`` to hear whether it is called, as Accelerate does.
+
+    Not where gradients are released: the backward pass has stepped those that were finite, and the call ends that step.
+    """
+    if hasattr(getattr(optimizer, "release", None), "is_accumulating"):
+        return False
     step = vars(optimizer).get("step")
     scheduler_or_itself = hasattr(step, "_wrapped_by_lr_sched") or getattr(step, "__self__", None) is optimizer
     return step is not None and not scheduler_or_itself

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import _MultiDeviceReplicator
 from torch.optim import Optimizer
 
+from halfstep.scale.surveyed import Surveying
 from halfstep.scale.watch import Watch
 
 #: "auto": all ranks, wherever there are several and their gradients may differ; None: each rank for itself.
@@ -51,7 +52,7 @@ def by_kind(optimizer: Optimizer, allow_fp16: bool, name_of: Callable[[Tensor], 
             continue
         dtype = gradient.dtype
         if dtype is torch.float16 and not allow_fp16:
-            raise HalfGradientError(_half_gradient(name_of(parameter), parameter))
+            raise HalfGradientError(_half_gradient(name_of(parameter), parameter, isinstance(optimizer, Surveying)))
         if gradient.is_sparse:
             if dtype is torch.float16:  # duplicate indices are added up, and may overflow in the sum
                 parameter.grad = gradient = gradient.coalesce()
@@ -90,6 +91,13 @@ def multiply_(
     """
     kinds = by_kind(optimizer, allow_fp16, lambda parameter: watched.name_of(parameter, optimizer))
     flags = unscale_(kinds, factor, found_inf, look_again=look_again)
+    return agreed(flags, found_inf, optimizer, watched, group)
+
+
+def agreed(
+    flags: dict[torch.device, Tensor], found_inf: Tensor, optimizer: Optimizer, watched: Watch, group: Group
+) -> dict[torch.device, Tensor]:
+    """An optimizer's flags, the same on all ranks that have to agree; as they are where none has to."""
     ranks = agreeing_ranks(group, optimizer, watched.is_replicated)
     return flags if ranks is None else agree_(flags, found_inf, ranks)
 
@@ -159,10 +167,18 @@ def smallest_of_ranks(scale: float, device: torch.device, group: Group) -> float
     return scale
 
 
-def _half_gradient(name: str, parameter: Tensor) -> str:
-    return (
+def _half_gradient(name: str, parameter: Tensor, surveying: bool) -> str:
+    found = (
         f"the gradient of {name} (shape {tuple(parameter.shape)}) is float16: divided by the loss scale in float16, "
-        "values below 3e-8 become 0, and updates below half an ulp are lost. Either load the model in float32 and let "
+        "values below 3e-8 become 0, and updates below half an ulp are lost. "
+    )
+    if surveying:
+        return found + (
+            "This optimizer divides in float32, while it steps: leave unscale_() out, and clip with "
+            "MixedPrecision.step(max_grad_norm=...)"
+        )
+    return found + (
+        "Either load the model in float32 and let "
         "autocast lower it (policy 'fp16-mixed'); or keep FP32 masters, which the scaler unscales instead "
         "(halfstep.MasterWeights(optimizer), or policy 'fp16-master'); or train in bfloat16, which needs no loss scale"
     )

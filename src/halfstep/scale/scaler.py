@@ -30,14 +30,14 @@ from torch.optim import Optimizer
 
 from halfstep.scale.diagnosis import Cause, LossScaleError, explain
 from halfstep.scale.fused import divides_itself, is_listened_to
-from halfstep.scale.gradients import Group, multiply_
+from halfstep.scale.gradients import Group, agreed, multiply_
 from halfstep.scale.measure import first_scale, in_float32
-from halfstep.scale.separate import SeparateLosses, add_back, put_back, set_aside
-from halfstep.scale.skips import Skip, SkipCount, Verdict, Verdicts, total
-from halfstep.scale.trajectory import Rule, move_, take_
+from halfstep.scale.separate import SeparateLosses
+from halfstep.scale.skips import Skip, SkipCount, Verdict, Verdicts, read_together, total
+from halfstep.scale.surveyed import Findings, Unscaling, flags_of, surveying
+from halfstep.scale.trajectory import DEFAULT_SCALE, Rule, bounds, move_, take_
 from halfstep.scale.watch import Watch
 
-DEFAULT_SCALE = 2.0**16
 LIMITS = ("min_scale", "max_scale", "hysteresis", "dynamic")
 
 
@@ -78,23 +78,10 @@ class GradScaler(torch.amp.GradScaler):
         process_group: Group = "auto",
         on_skip: Callable[[Skip], object] | None = None,
     ) -> None:
-        start = DEFAULT_SCALE if init_scale == "auto" else init_scale
-        min_scale = min(1.0, start) if min_scale is None else min_scale
-        max_scale = max(2.0**24, start) if max_scale is None else max_scale
-        if init_scale == "auto":
-            start = min(max(start, min_scale), max_scale)
-        if not 0 < min_scale <= start <= max_scale:
-            raise ValueError(
-                f"loss scales must satisfy 0 < min_scale <= init_scale <= max_scale, "
-                f"not {min_scale:g}, {start:g}, {max_scale:g}"
-            )
+        start, min_scale, max_scale = bounds(init_scale, min_scale, max_scale)
         super().__init__(device, start, growth_factor, backoff_factor, growth_interval, enabled)
-        # Also where disabled, which PyTorch leaves without them.
-        self._growth_factor, self._backoff_factor, self._growth_interval = (
-            growth_factor,
-            backoff_factor,
-            growth_interval,
-        )
+        self._growth_factor, self._backoff_factor = growth_factor, backoff_factor  # PyTorch: not where disabled
+        self._growth_interval = growth_interval
         self._limits = Rule(growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis, dynamic)
         self._max_skipped = max_skipped
         self._process_group: Group = process_group
@@ -121,6 +108,12 @@ class GradScaler(torch.amp.GradScaler):
         """Whether the last `step` of this optimizer changed its parameters; True where it never stepped."""
         verdict = self._verdicts.get(optimizer)
         return verdict is None or not self._learn(verdict)
+
+    def read(self, optimizer: Optimizer, *numbers: Tensor) -> tuple[bool, float | None, list[float]]:
+        """`was_applied`, the scale (None where disabled), and numbers of one element, in one wait for the device."""
+        scale = [self._scale] if self.is_enabled() and self._scale is not None else []
+        values = read_together([*scale, *numbers], self._verdicts.get(optimizer))  # which knows its answer then
+        return self.was_applied(optimizer), values.pop(0) if scale else None, values
 
     @property
     def skipped_steps(self) -> int:
@@ -203,18 +196,8 @@ class GradScaler(torch.amp.GradScaler):
             self._lazy_init_scale_growth_tracker(loss.device)
         assert self._scale is not None
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        scale = self._separate.scale_of(name, self._scale)
-        kept = set_aside(optimizers)
-        try:
+        with self._separate.collecting(name, self._scale, optimizers, self._multiply_) as scale:
             yield in_float32(loss) * scale
-            ratio, nothing = self._scale / scale, torch.zeros_like(scale)
-            # A product that overflows is the common scale's fault: the common check finds it, and lowers that one.
-            found = [self._multiply_(each, ratio, nothing, False, False) for each in optimizers]
-        except BaseException:
-            put_back(kept)
-            raise
-        add_back(kept)
-        self._separate.overflowed(name, total((flag for flags in found for flag in flags.values()), scale.device))
 
     def check_unscaled(self, optimizer: Optimizer) -> None:
         """Look for inf and NaN in gradients that were unscaled as they arrived; stands in for `unscale_`."""
@@ -222,6 +205,25 @@ class GradScaler(torch.amp.GradScaler):
             return
         self._check_inf_per_device(optimizer)  # type: ignore[no-untyped-call,unused-ignore]  # typed since torch 2.13
         self._per_optimizer_states[id(optimizer)]["stage"] = OptState.UNSCALED
+
+    def take_survey(self, optimizer: Optimizer, found: Findings) -> Unscaling:
+        """Stands in for `unscale_` where an optimizer looks at its gradients itself; `step` then checks nothing more.
+
+        Args:
+            found: of the gradients as they are, which nobody divides: `halfstep.scale.surveyed`. After `unscale_` its
+                verdict stays, and the inverse that this returns is 1.
+        """
+        scale, _ = self._check_scale_growth_tracker("take_survey")
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError("step() has already been called since the last update().")
+        inverse = torch.ones_like(scale)
+        if state["stage"] is OptState.READY:
+            inverse = scale.double().reciprocal().float()
+            flags = flags_of(found, inverse, look_again=self._limits.min_scale < 1)
+            flags = agreed(flags, torch.zeros_like(scale), optimizer, self._watched, self._process_group)
+            state.update(found_inf_per_device=flags, stage=OptState.UNSCALED)
+        return Unscaling(scale, inverse, total(state["found_inf_per_device"].values(), scale.device))
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step ``optimizer`` unless its gradients hold inf or NaN; `step_was_applied` then says which.
@@ -235,6 +237,10 @@ class GradScaler(torch.amp.GradScaler):
             return super().step(optimizer, *args, **kwargs)
         state = self._per_optimizer_states[id(optimizer)]
         self._verdicts.forget(optimizer)
+        if state["stage"] is OptState.READY and (surveyor := surveying(optimizer)) is not None:
+            _, inverse, found_inf = self.take_survey(optimizer, surveyor.survey())
+            with surveyor.scaled(inverse, found_inf):
+                return self.step(optimizer, *args, **kwargs)
         listened_to = is_listened_to(optimizer)
         may_grow = self._limits.min_scale < 1  # a gradient, when it is divided
         if (may_grow or listened_to) and state["stage"] is not OptState.STEPPED and divides_itself(optimizer):
@@ -295,11 +301,10 @@ class GradScaler(torch.amp.GradScaler):
         if self.is_enabled():
             state |= {name: getattr(self._limits, name) for name in LIMITS} | {
                 "max_skipped": self._max_skipped,
-                "_skipped_steps": self._skips.in_all,
-                "_skipped_in_a_row": self._skips.in_a_row,
                 "_overflows": self._get_overflows(),
                 "_to_be_measured": self._to_be_measured,
                 "_losses": self._separate.state(),
+                **self._skips.state(),
             }
         return state
 
@@ -310,10 +315,7 @@ class GradScaler(torch.amp.GradScaler):
             return
         self._limits = replace(self._rule, **{name: state_dict[name] for name in LIMITS if name in state_dict})
         self._max_skipped = state_dict.get("max_skipped", self._max_skipped)
-        self._skips = SkipCount(
-            state_dict.get("_skipped_steps", self._skips.in_all),
-            state_dict.get("_skipped_in_a_row", self._skips.in_a_row),
-        )
+        self._skips = self._skips.loaded(state_dict)
         self._to_be_measured = state_dict.get("_to_be_measured", False)
         self._separate = SeparateLosses(state_dict.get("_losses", {}))
         self._init_overflows = state_dict.get("_overflows", 0)
@@ -325,8 +327,7 @@ class GradScaler(torch.amp.GradScaler):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         if self.is_enabled():
-            skips = SkipCount(self._skips.in_all, self._skips.in_a_row)
-            state |= {"_init_overflows": self._get_overflows(), "_overflows": None, "_skips": skips}
+            state |= {"_init_overflows": self._get_overflows(), "_overflows": None, "_skips": self._skips.loaded({})}
         del state["_watched"], state["_verdicts"]
         return state
 
@@ -359,8 +360,8 @@ class GradScaler(torch.amp.GradScaler):
     def _multiply_(
         self, optimizer: Optimizer, factor: Tensor, found_inf: Tensor, allow_fp16: bool, look_again: bool
     ) -> dict[torch.device, Tensor]:
-        flags = {"allow_fp16": allow_fp16, "look_again": look_again}
-        return multiply_(optimizer, factor, found_inf, self._watched, self._process_group, **flags)
+        who = (self._watched, self._process_group)
+        return multiply_(optimizer, factor, found_inf, *who, allow_fp16=allow_fp16, look_again=look_again)
 
     def _get_overflows(self) -> int:
         return self._init_overflows if self._overflows is None else int(self._overflows.item())

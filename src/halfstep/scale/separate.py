@@ -12,7 +12,8 @@ cannot tell two losses apart that are added up before their backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from halfstep.scale.gradients import is_sharded, parameters
+from halfstep.scale.skips import total
 from halfstep.scale.trajectory import Rule, Trajectory, move_
 
 
@@ -54,6 +56,34 @@ class SeparateLosses:
         """All their scales. Waits for the device."""
         return [trajectory.state()[0] for trajectory in self._losses.values()]
 
+    @contextlib.contextmanager
+    def collecting(
+        self,
+        name: Hashable,
+        common: Tensor,
+        optimizers: Sequence[Optimizer],
+        multiply: Callable[[Optimizer, Tensor, Tensor, bool, bool], dict[torch.device, Tensor]],
+    ) -> Iterator[Tensor]:
+        """Within, the backward pass of a loss, at the scale that this yields.
+
+        On exit its gradients are brought to the ``common`` scale and added to those that were there.
+
+        Args:
+            multiply: multiplies an optimizer's gradients by a factor, with a flag to start from; returns the flags.
+        """
+        scale = self.scale_of(name, common)
+        kept = set_aside(optimizers)
+        try:
+            yield scale
+            ratio, nothing = common / scale, torch.zeros_like(scale)
+            # A product that overflows is the common scale's fault: the common check finds it, and lowers that one.
+            found = [multiply(each, ratio, nothing, False, False) for each in optimizers]
+        except BaseException:
+            put_back(kept)
+            raise
+        add_back(kept)
+        self.overflowed(name, total((flag for flags in found for flag in flags.values()), scale.device))
+
     def overflowed(self, name: Hashable, found_inf: Tensor) -> None:
         """A backward pass of a loss found this; it may have several before an update."""
         self._found[name] = self._found[name] + found_inf if name in self._found else found_inf
@@ -80,9 +110,19 @@ Kept = list[tuple[Tensor, Tensor | None]]
 
 
 def set_aside(optimizers: Iterable[Optimizer]) -> Kept:
-    """Take the gradients off the optimizers' parameters, so that a backward pass starts from none."""
+    """Take the gradients off the optimizers' parameters, so that a backward pass starts from none.
+
+    Raises:
+        RuntimeError: an optimizer would release the gradients before they are brought to the common scale.
+    """
     kept: dict[Tensor, Tensor | None] = {}
     for optimizer in optimizers:
+        if getattr(getattr(optimizer, "release", None), "is_accumulating", True) is False:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}(release_gradients=True) would step in this backward pass, with gradients "
+                "that are not at the common scale yet: run it inside `with optimizer.accumulating():`, or scale the "
+                "sum of the losses by scale()"
+            )
         kept.update((parameter, parameter.grad) for parameter in parameters(optimizer))
     for parameter in kept:
         parameter.grad = None

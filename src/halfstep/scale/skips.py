@@ -8,7 +8,7 @@ a good step nothing has to be read for ``max_skipped - 1`` updates, and still th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,25 @@ class Verdict:
         if self._overflowed is None:
             self._overflowed = bool(self.found_inf.item())
         return self._overflowed
+
+    def know(self, overflowed: bool) -> None:
+        """The host has read it, with other things."""
+        self._overflowed = overflowed
+
+
+def read_together(numbers: Sequence[Tensor], verdict: Verdict | None) -> list[float]:
+    """Numbers of one element each, for the host; the verdict becomes known in the same wait for the device."""
+    asked = list(numbers)
+    if verdict is not None and not verdict.is_known:
+        asked.append(verdict.found_inf)
+    if not asked:
+        return []
+    values: list[float] = torch.stack(
+        [n.detach().reshape(()).to(asked[0].device, torch.float64) for n in asked]
+    ).tolist()
+    if len(asked) > len(numbers) and verdict is not None:
+        verdict.know(bool(values.pop()))
+    return values
 
 
 class Verdicts:
@@ -137,6 +156,14 @@ class SkipCount:
     def in_a_row(self) -> int:
         self._read()
         return self._in_a_row
+
+    def state(self) -> dict[str, int]:
+        """For a state dict. Waits for the device where answers are unread."""
+        return {"_skipped_steps": self.in_all, "_skipped_in_a_row": self.in_a_row}
+
+    def loaded(self, state: dict[str, Any]) -> SkipCount:
+        """A count that goes on from what `state` returned; where that says nothing, from this one."""
+        return SkipCount(state.get("_skipped_steps", self.in_all), state.get("_skipped_in_a_row", self.in_a_row))
 
     def _read(self) -> None:
         unknown = [verdict.found_inf for verdict in self._unread if not verdict.is_known]

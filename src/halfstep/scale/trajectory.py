@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+DEFAULT_SCALE = 2.0**16
 
 #: Below this a scale's reciprocal is inf, or the scale itself is flushed to zero on a GPU.
 SMALLEST_SCALE = 2.0**-126
@@ -54,6 +56,27 @@ class Rule:
     def within(self, scale: float) -> float:
         """``scale`` brought between floor and cap."""
         return min(max(scale, self.min_scale), self.max_scale)
+
+
+def bounds(
+    init_scale: float | Literal["auto"], min_scale: float | None, max_scale: float | None
+) -> tuple[float, float, float]:
+    """Where a scale starts, its floor and its cap, with what was left open filled in.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    start = DEFAULT_SCALE if init_scale == "auto" else init_scale
+    min_scale = min(1.0, start) if min_scale is None else min_scale
+    max_scale = max(2.0**24, start) if max_scale is None else max_scale
+    if init_scale == "auto":
+        start = min(max(start, min_scale), max_scale)
+    if not 0 < min_scale <= start <= max_scale:
+        raise ValueError(
+            f"loss scales must satisfy 0 < min_scale <= init_scale <= max_scale, "
+            f"not {min_scale:g}, {start:g}, {max_scale:g}"
+        )
+    return start, min_scale, max_scale
 
 
 class Trajectory:

@@ -1,0 +1,377 @@
+"""The torch optimizer under AdamW, Adam, SGD and Lion: groups, storage, and one call of a backend for each step.
+
+To torch, to schedulers, to gradient scalers and trainers it is an optimizer like any other: ``param_groups`` hold the
+model's own parameters, ``state`` holds plain tensors, and `step` may be called with a closure. What differs is how the
+numbers are kept (`halfstep.optim.masters`, `halfstep.optim.moments`) and that a step reads and writes each of them
+once. Scale and skip reach that pass as scalars on the device: a gradient scaler, PyTorch's too, sets ``grad_scale``
+and ``found_inf`` on an optimizer that says ``_step_supports_amp_scaling``, and calls `step` whatever the flag says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from halfstep.optim import backends, masters, moments
+from halfstep.optim.adopting import adopt
+from halfstep.optim.backends import BackendName
+from halfstep.optim.layout import (
+    first_element,
+    flat,
+    is_dense,
+    is_sharded,
+    like,
+    local,
+    sharded_like,
+    shards_first_dimension,
+)
+from halfstep.optim.loading import load_state
+from halfstep.optim.masters import Master, Rounding
+from halfstep.optim.moments import State
+from halfstep.optim.options import check_storage
+from halfstep.optim.release import GradientRelease
+from halfstep.optim.rules import Rule
+from halfstep.optim.surveying import clip_coefficient, survey_of
+from halfstep.optim.update import Backend, Job, Survey
+
+
+class MasterOptimizer(Optimizer):
+    """What the optimizers of `halfstep.optim` share.
+
+    Args:
+        master: where the FP32 master of a 16-bit parameter is kept; may differ between groups.
+        state: the format of the optimizer's state; may differ between groups.
+        rounding: of what a 24-bit master or no master drops; None: stochastic without a master, else to nearest.
+        backend: what computes the update.
+        seed: of stochastic rounding.
+        release_gradients: step each parameter as soon as its gradient is there, and free it:
+            `halfstep.optim.release`.
+
+    Raises:
+        TypeError: a parameter is neither float32, bfloat16 nor float16.
+        ValueError: an option is unknown, or two do not go together.
+    """
+
+    _step_supports_amp_scaling = True
+
+    _jobs: dict[Tensor, Job]  #: without gradients, kept from step to step
+    _ordinals: dict[Tensor, int]
+    _backends: dict[torch.device, Backend]
+    _scalars: tuple[Tensor, Tensor | None] | None  #: coefficient and found_inf, inside `scaled`
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        master: Master,
+        state: State,
+        rounding: Rounding | None,
+        backend: BackendName,
+        seed: int,
+        release_gradients: bool,
+    ) -> None:
+        self.backend: BackendName = backend
+        self.seed = seed
+        self.release: GradientRelease | None = None
+        self._forget()
+        super().__init__(params, {**defaults, "master": master, "state": state, "rounding": rounding})
+        backends.choose(backend, next((local(p).device for p in self._parameters()), torch.device("cpu")))
+        if release_gradients:
+            self.release = GradientRelease(self)
+
+    @abstractmethod
+    def rule(self, group: dict[str, Any]) -> Rule:
+        """The update rule of a parameter group with its present hyperparameters."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient; returns the closure's value.
+
+        Not traced by ``torch.compile``: its kernels are compiled already, and a compiler that simplifies the rounding
+        of a compensation takes it away.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        coefficient = None if scale is None else scale.double().reciprocal().float()
+        if self.release is not None:
+            self.release.finish()
+            return loss
+        for group in self.param_groups:
+            pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
+            self.advance(group, pairs, coefficient, found_inf)
+        return loss
+
+    def survey(self) -> Survey:
+        """One look at all gradients as they are: norm, inf and NaN, largest magnitudes; over all shards."""
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        return survey_of(gradients, self.backend) if self.release is None else self.release.survey(gradients)
+
+    def accumulating(self) -> contextlib.AbstractContextManager[None]:
+        """For all micro-batches of a step but the last: within, ``release_gradients=True`` steps and frees nothing."""
+        return contextlib.nullcontext() if self.release is None else self.release.accumulating()
+
+    @torch.no_grad()
+    def clipped_step(self, max_norm: float, *, inverse_scale: Tensor | float = 1.0, skip: bool = True) -> Survey:
+        """Unscale, clip by the 2-norm and step, in two passes over memory: `survey`, then `step`.
+
+        Args:
+            max_norm: limit of the norm of the unscaled gradients; inf: no clipping.
+            inverse_scale: what the gradients are to be multiplied by before; a number, or 0-d on the device.
+            skip: change nothing where a gradient holds inf or NaN.
+
+        Returns:
+            The survey, of the gradients as they were; times ``inverse_scale`` its norm is that of the true ones.
+        """
+        if self.release is not None:
+            raise RuntimeError(
+                "clipped_step() comes too late with release_gradients=True: the backward pass has stepped the "
+                "parameters. Set optimizer.release.max_grad_norm before it, and call step()"
+            )
+        survey = self.survey()
+        with self.scaled(clip_coefficient(survey, max_norm, inverse_scale), survey.found_inf if skip else None):
+            self.step()
+        return survey
+
+    @contextlib.contextmanager
+    def scaled(self, coefficient: Tensor, found_inf: Tensor | None) -> Iterator[None]:
+        """Within, `step` multiplies gradients by ``coefficient``, and changes nothing where ``found_inf`` is not 0."""
+        self._scalars = (coefficient, found_inf)
+        try:
+            yield
+        finally:
+            self._scalars = None
+
+    @torch.no_grad()
+    def advance(
+        self,
+        group: dict[str, Any],
+        pairs: Iterable[tuple[Tensor, Tensor]],
+        coefficient: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Step these parameters of a group with these gradients; what `step` does for all of them."""
+        if self._scalars is not None:
+            coefficient, found_inf = self._scalars
+        rule = self.rule(group)
+        by_device: dict[torch.device, list[Job]] = {}
+        copied: list[tuple[Tensor, Tensor]] = []
+        for parameter, gradient in pairs:
+            job = self._job(parameter, gradient, group, rule, copied)
+            by_device.setdefault(job.parameter.device, []).append(job)
+        for device, jobs in by_device.items():
+            self._backend(device).update(
+                jobs,
+                rule,
+                stochastic=_rounding(group) == "stochastic",
+                coefficient=_scalar(coefficient, device),
+                found_inf=_scalar(found_inf, device),
+            )
+        for parameter, copy in copied:
+            parameter.copy_(copy)
+        # The kernels write through pointers; autograd and others look at the version to see that values changed.
+        torch.autograd.graph.increment_version([job.parameter for jobs in by_device.values() for job in jobs])
+
+    def master(self, parameter: Tensor) -> Tensor:
+        """The FP32 master of a parameter of this optimizer: a new tensor of its shape (of a sharded one, this part)."""
+        ours = local(parameter.detach())
+        group = self._group_of(parameter)
+        extra = masters.extra(group["master"], _rounding(group), parameter.dtype)
+        kept = self.state[parameter].get(extra[0]) if extra and parameter in self.state else None
+        if kept is None:
+            return ours.float().clone()
+        dense = ours if is_dense(ours) else ours.contiguous()
+        return torch.empty_strided(dense.shape, dense.stride(), device=ours.device).copy_(
+            masters.decode(flat(dense), flat(like(local(kept), dense))).as_strided(dense.shape, dense.stride())
+        )
+
+    def adopt(self, parameter: Tensor, float32: Tensor) -> None:
+        """Take ``float32``, the values that a parameter had before it was put into 16 bits, as its master.
+
+        The parameter becomes their rounding, as the storage of its group has it; a master with fewer bits, or none,
+        holds what it can, to nearest. State of steps that were taken in FP32 stays.
+
+        Raises:
+            ValueError: this optimizer does not step the parameter, or the shapes differ.
+        """
+        group = self._group_of(parameter)
+        adopt(self, parameter, float32, group, masters.extra(group["master"], _rounding(group), parameter.dtype))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with options of their own."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_storage(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._forget()
+        if self.release is not None:
+            self.release.hook()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as it is: no entry is cast to its parameter's format.
+
+        The state of an optimizer with other storage (another ``master`` or ``state``, or torch's own optimizer of this
+        name) is converted to this one's. Hyperparameters are those of the state, as in torch; storage stays as it was
+        constructed.
+
+        Raises:
+            ValueError: groups or shapes do not match; nothing has changed then.
+        """
+        load_state(self, state_dict)
+        self._forget()
+        if self.release is not None:
+            self.release.load(state_dict)
+
+    def new_state(self, parameter: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Any]:
+        """The state of a parameter before its first step, shaped and sharded as the parameter."""
+        state: dict[str, Any] = {"step": torch.zeros((), device=local(parameter).device)}
+        extra = masters.extra(group["master"], _rounding(group), parameter.dtype)
+        if extra is not None:
+            name, dtype = extra
+            state[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            if name == "master":
+                state[name].copy_(parameter)
+        form = moments.format_for(group["state"], parameter.shape)
+        if form == "8bit" and is_sharded(parameter) and not _groups_can_shard(parameter):
+            form = "fp32"
+        for name, square in rule.states:
+            dtype = (moments.SQUARE_DTYPES if square else moments.SIGNED_DTYPES)[form]
+            state[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            if form == "8bit":
+                state[f"{name}_scale"] = _new_scale(parameter)
+        return state
+
+    def _job(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        group: dict[str, Any],
+        rule: Rule,
+        copied: list[tuple[Tensor, Tensor]],
+    ) -> Job:
+        if gradient.is_sparse:
+            raise RuntimeError(
+                f"{type(self).__name__} does not take sparse gradients (parameter of shape {tuple(parameter.shape)}): "
+                "build the embedding with sparse=False, or give its parameters to torch.optim.SparseAdam"
+            )
+        state = self.state[parameter]
+        if any(name not in state for name, _ in rule.states) or not state:  # no step yet; or momentum switched on since
+            state.update({**self.new_state(parameter, group, rule), **state})
+        ours = local(parameter)
+        cached = self._jobs.get(parameter)
+        if cached is None or cached.parameter.data_ptr() != ours.data_ptr() or not _is_of(cached, state, rule):
+            cached = self._new_job(parameter, ours, state, group, rule)
+            if is_dense(ours):
+                self._jobs[parameter] = cached
+            else:
+                copied.append((ours, cached.parameter.view(ours.shape)))
+        theirs = local(gradient)
+        pattern = ours if is_dense(ours) else ours.contiguous()
+        flat_gradient = flat(like(theirs, pattern))
+        return Job(cached.parameter, flat_gradient, *cached[2:])
+
+    def _new_job(
+        self, parameter: Tensor, ours: Tensor, state: dict[str, Any], group: dict[str, Any], rule: Rule
+    ) -> Job:
+        """A job without its gradient, to be kept from step to step."""
+        dense = ours if is_dense(ours) else ours.contiguous()
+        extra = masters.extra(group["master"], _rounding(group), parameter.dtype)
+        for name in [*(n for n, _ in rule.states), *([extra[0]] if extra else [])]:
+            part = local(state[name])
+            if part.stride() != dense.stride() and not is_sharded(state[name]):
+                state[name] = moments.relaid(part, state.get(f"{name}_scale"), dense)
+        kept = flat(local(state[extra[0]])) if extra else None
+        scales = (state.get(f"{name}_scale") for name, _ in rule.states)
+        return Job(
+            parameter=flat(dense),
+            gradient=dense,
+            kept=kept,
+            states=tuple(flat(local(state[name])) for name, _ in rule.states),
+            scales=tuple(None if scale is None else flat(local(scale)) for scale in scales),
+            step=state["step"],
+            row=moments.row_length(ours.shape),
+            seed=self.seed,
+            ordinal=self._ordinal(parameter),
+            first=first_element(parameter),
+        )
+
+    def _backend(self, device: torch.device) -> Backend:
+        if device not in self._backends:
+            self._backends[device] = backends.choose(self.backend, device)[0]
+        return self._backends[device]
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            if any(p is parameter for p in group["params"]):
+                return group
+        raise ValueError(f"this optimizer does not step the parameter of shape {tuple(parameter.shape)}")
+
+    def _ordinal(self, parameter: Tensor) -> int:
+        if parameter not in self._ordinals:
+            self._ordinals = {p: i for i, p in enumerate(self._parameters())}
+        return self._ordinals[parameter]
+
+    def _forget(self) -> None:
+        """Drop what is derived from groups and state."""
+        self._jobs = {}
+        self._ordinals = {}
+        self._backends = {}
+        self._scalars = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        released = None if self.release is None else self.release.options()
+        own = {"backend": self.backend, "seed": self.seed, "released": released}
+        return {**super().__getstate__(), **own}  # type: ignore[no-untyped-call,unused-ignore]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        is_copy, released = "released" in state, state.pop("released", None)
+        super().__setstate__(state)
+        self._forget()
+        if is_copy:
+            self.release = None if released is None else GradientRelease(self, **released)
+
+
+def _rounding(group: dict[str, Any]) -> Rounding:
+    chosen: Rounding | None = group["rounding"]
+    return chosen or ("stochastic" if group["master"] == "none" else "nearest")
+
+
+def _groups_can_shard(parameter: Tensor) -> bool:
+    return parameter.dim() > 1 and shards_first_dimension(parameter)
+
+
+def _new_scale(parameter: Tensor) -> Tensor:
+    part = torch.zeros(moments.scale_shape(local(parameter).shape), device=local(parameter).device)
+    return sharded_like(part, parameter, moments.scale_shape(parameter.shape)) if is_sharded(parameter) else part
+
+
+def _is_of(job: Job, state: dict[str, Any], rule: Rule) -> bool:
+    """Whether a kept job still uses the state's tensors: somebody may have put others into their place."""
+    names = [name for name, _ in rule.states]
+    kept = [value for name, value in state.items() if name in masters.NAMES]
+    theirs = [*(state[name] for name in names), *kept]
+    ours = [*job.states, *([] if job.kept is None else [job.kept])]
+    return (
+        job.step is state["step"]
+        and len(ours) == len(theirs)
+        and all(a.data_ptr() == local(b).data_ptr() for a, b in zip(ours, theirs, strict=True))
+    )
+
+
+def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.detach().reshape(()).to(device, torch.float32, non_blocking=True)

@@ -1,0 +1,134 @@
+"""Masters exchanged for parameters in an optimizer's own lists, and back.
+
+The exchange is made in the same lists, so that an optimizer that keeps them (LBFGS) keeps its own, and the state is
+moved along, because torch keys it by tensor. While it lasts the optimizer knows only masters; outside it knows only
+parameters, and masters wait in `Exchange.masters`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from halfstep.autocast import LOW_PRECISION
+from halfstep.optim.master_gradients import multiply_
+
+
+class Exchange:
+    """The masters of one optimizer's 16-bit parameters, and who stands in its lists.
+
+    Args:
+        optimizer: any torch optimizer.
+        masters: FP32, by parameter.
+
+    Attributes:
+        is_made: whether masters stand in their parameters' places.
+    """
+
+    def __init__(self, optimizer: Optimizer, masters: dict[Tensor, Tensor]) -> None:
+        self.optimizer = optimizer
+        self.masters = masters
+        self.is_made = False
+
+    def master_of(self, parameter: Tensor) -> Tensor:
+        """The master of a parameter, made now if there is none; the parameter itself if it is not 16-bit."""
+        if parameter.dtype not in LOW_PRECISION:
+            return parameter
+        if parameter not in self.masters:
+            self.masters[parameter] = parameter.detach().float()
+        return self.masters[parameter]
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters of all groups, also while masters stand in their place."""
+        return [parameter for parameters in self._own() for parameter in parameters]
+
+    def make(self, needed: Collection[Tensor] = ()) -> None:
+        """Put masters in their parameters' places: of those that are trained, that have one, or that are ``needed``."""
+        own = self._own()
+        self.is_made = True
+        self._put([[self._stand_in(p, p in needed) for p in parameters] for parameters in own])
+
+    def undo(self) -> None:
+        """Put the parameters back in their places; also those of groups that came or went meanwhile."""
+        own = self._own()
+        self.is_made = False
+        self._put(own)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Bring masters up to date with parameters that were changed, made FP32, or taken away, from outside."""
+        held = set(self.parameters())
+        for parameter in list(self.masters):
+            if parameter not in held or parameter.dtype not in LOW_PRECISION:
+                del self.masters[parameter]
+        # Of sharded (DTensor) ones each rank looks at its shard.
+        pairs = [(_local(parameter), _local(master)) for parameter, master in self.masters.items()]
+        differs = [(parameter != master.to(parameter.dtype)).any() for parameter, master in pairs]
+        if not differs:
+            return
+        # One answer from the device for all of them; asking one by one would wait for it each time.
+        changed = torch.stack([d.to(differs[0].device) for d in differs]).tolist()
+        for parameter, master in itertools.compress(pairs, changed):
+            same = parameter == master.to(parameter.dtype)
+            master.copy_(torch.where(same, master, parameter.float()))
+
+    @torch.no_grad()
+    def pull_gradients(self, factors: Sequence[Tensor]) -> None:
+        """Give masters their parameters' gradients, in FP32, and multiply all gradients by ``factors`` (0-d, FP32)."""
+        gradients = []
+        for parameter in self.parameters():
+            gradient, master = parameter.grad, self.masters.get(parameter, parameter)
+            if master is not parameter:
+                master.grad = gradient = None if gradient is None else gradient.detach().float()
+            if gradient is not None:
+                gradients.append(gradient)
+        multiply_(gradients, factors)
+
+    def drop_gradients(self) -> None:
+        """Free the masters' gradients; the parameters keep theirs."""
+        for master in self.masters.values():
+            master.grad = None
+
+    @torch.no_grad()
+    def cast_back(self) -> None:
+        """Write every master, rounded to nearest, into its parameter."""
+        for parameter in self.parameters():
+            if parameter in self.masters:
+                parameter.copy_(self.masters[parameter])
+
+    def _own(self) -> list[list[Tensor]]:
+        present = [list(group["params"]) for group in self.optimizer.param_groups]
+        if not self.is_made:
+            return present
+        parameter_of = {id(master): parameter for parameter, master in self.masters.items()}
+        return [[parameter_of.get(id(tensor), tensor) for tensor in tensors] for tensors in present]
+
+    def _stand_in(self, parameter: Tensor, needed: bool) -> Tensor:
+        trained = parameter.requires_grad or parameter.grad is not None
+        return self.master_of(parameter) if trained or needed or parameter in self.masters else parameter
+
+    def _put(self, replacement: Sequence[Sequence[Tensor]]) -> None:
+        """Put ``replacement``, one list per group, into the groups' lists, and move the state along.
+
+        State in a 16-bit format becomes FP32 where it moves to a master: Adagrad makes its state when it is
+        constructed, a plain ``load_state_dict`` casts it to the parameter's format, others may have stepped before.
+        """
+        state = self.optimizer.state
+        for group, new in zip(self.optimizer.param_groups, replacement, strict=True):
+            for old_tensor, new_tensor in zip(group["params"], new, strict=True):
+                if old_tensor is not new_tensor and old_tensor in state:
+                    values = state[new_tensor] = state.pop(old_tensor)
+                    if self.is_made:
+                        for key, value in values.items():
+                            if isinstance(value, Tensor) and value.dtype in LOW_PRECISION:
+                                values[key] = value.float()
+            group["params"][:] = new
+
+
+def _local(tensor: Tensor) -> Tensor:
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

@@ -1,0 +1,152 @@
+/* Vectors of sixteen FP32 numbers for processors with AVX-512: what the loops of adam_avx512.c and
+ * adam_8bit_avx512.c share.
+ *
+ * Sixteen-bit halves are handled thirty-two at a time. An FP32 number is two of them, and one instruction interleaves
+ * or separates two vectors of halves, so that most of decoding and encoding happens on twice as many elements at once.
+ */
+#ifndef HALFSTEP_AVX512_H
+#define HALFSTEP_AVX512_H
+
+#include "plan.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HS_AVX512 1
+
+#include <immintrin.h>
+
+#define WIDE_TARGET target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
+#define WIDE static inline __attribute__((always_inline, WIDE_TARGET))
+#define WIDE_LOOP static __attribute__((WIDE_TARGET))
+
+ALWAYS int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+/* Thirty-two FP32 numbers in their order. */
+struct pair {
+    __m512 first, second;
+};
+
+WIDE __m512i integers(__m512 x) { return _mm512_castps_si512(x); }
+
+WIDE __m512 floats(__m512i bits) { return _mm512_castsi512_ps(bits); }
+
+WIDE __m512i all(uint32_t value) { return _mm512_set1_epi32((int)value); }
+
+WIDE __m512i all_halves(uint32_t value) { return _mm512_set1_epi16((short)value); }
+
+/* Sixteen 32-bit numbers, each `start + lane * step` twice: positions of halves. */
+WIDE __m512i counting(uint32_t start, uint32_t step) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_add_epi32(_mm512_mullo_epi32(lane, all(step)), all(start));
+}
+
+/* Thirty-two FP32 numbers from their upper and lower halves: (lower[0], upper[0], lower[1], upper[1], ...). */
+WIDE struct pair join(__m512i upper, __m512i lower) {
+    const __m512i first = counting(0x00200000, 0x00010001), second = counting(0x00300010, 0x00010001);
+    return (struct pair){floats(_mm512_permutex2var_epi16(lower, first, upper)),
+                         floats(_mm512_permutex2var_epi16(lower, second, upper))};
+}
+
+WIDE __m512i uppers(struct pair x) {
+    return _mm512_permutex2var_epi16(integers(x.first), counting(0x00030001, 0x00040004), integers(x.second));
+}
+
+WIDE __m512i lowers(struct pair x) {
+    return _mm512_permutex2var_epi16(integers(x.first), counting(0x00020000, 0x00040004), integers(x.second));
+}
+
+WIDE struct pair load_bf16(const uint16_t *from) {
+    return join(_mm512_loadu_si512(from), _mm512_setzero_si512());
+}
+
+WIDE struct pair load_fp16(const uint16_t *from) {
+    return (struct pair){_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)),
+                         _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + 16)))};
+}
+
+WIDE struct pair load_fp32(const float *from) {
+    return (struct pair){_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
+}
+
+WIDE void store_fp32(float *to, struct pair x) {
+    _mm512_storeu_ps(to, x.first);
+    _mm512_storeu_ps(to + 16, x.second);
+}
+
+/* Whether a NaN is among them: a comparison with two operands looks at both. */
+WIDE int has_nan(struct pair x) { return _mm512_cmp_ps_mask(x.first, x.second, _CMP_UNORD_Q) != 0; }
+
+/* bf16 halves and signed remainders, whose highest bit is what the rounding of the half added, to the FP32 number.
+ * A half that is zero takes no negative remainder: it would lead across zero (see masters.py). */
+WIDE struct pair join_remainder(__m512i halves, __m512i remainders, int places) {
+    const __mmask32 zeros = _mm512_testn_epi16_mask(halves, all_halves(0x7FFF));
+    remainders = _mm512_mask_max_epi16(remainders, zeros, remainders, _mm512_setzero_si512());
+    const __m512i upper = _mm512_add_epi16(halves, _mm512_srai_epi16(remainders, 15));
+    return join(upper, places ? _mm512_slli_epi16(remainders, (unsigned)places) : remainders);
+}
+
+/* x / divisor, correctly rounded, for x >= 0 and a divisor that many x share.
+ *
+ * Markstein's theorem: with y the correctly rounded reciprocal and q within one unit of x / divisor, q + (x - divisor
+ * q) y rounds to the quotient. 1 / divisor = lower + rest to 48 bits makes q good enough; both are positive, so that an
+ * infinite x stays one. Exact for divisors in [2^-40, 1] and square roots x.
+ */
+struct divisor {
+    float value, reciprocal, lower, rest;
+};
+
+ALWAYS struct divisor divisor_of(float value) {
+    const double exact = 1.0 / (double)value;
+    const float nearest = (float)exact;
+    const float lower = (double)nearest > exact ? float_of(bits_of(nearest) - 1) : nearest;
+    return (struct divisor){value, nearest, lower, (float)(exact - (double)lower)};
+}
+
+ALWAYS int can_divide_by(float value) { return value >= 0x1p-40f && value <= 1.0f; }
+
+WIDE __m512 divide(__m512 x, struct divisor by) {
+    const __m512 rest = _mm512_mul_ps(x, _mm512_set1_ps(by.rest));
+    const __m512 quotient = _mm512_fmadd_ps(x, _mm512_set1_ps(by.lower), rest);
+    const __m512 missing = _mm512_fnmadd_ps(quotient, _mm512_set1_ps(by.value), x);
+    const __mmask16 finite = _mm512_cmp_ps_mask(quotient, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    return _mm512_mask3_fmadd_ps(missing, _mm512_set1_ps(by.reciprocal), quotient, finite);
+}
+
+/* Where an element stands in a stream, before it is mixed: the same in all lanes, `wide_dither` counts them up. */
+WIDE __m512i place_of(struct stream stream, int64_t begin) { return all((uint32_t)begin * FIRST + stream.key); }
+
+/* The dither of the sixteen elements that come `after` so many from a place on. */
+WIDE __m512i wide_dither(struct stream stream, __m512i place, uint32_t after) {
+    const __m512i each = _mm512_add_epi32(place, counting(after * FIRST, FIRST));
+    const __m512i mixed = _mm512_xor_si512(each, _mm512_srli_epi32(each, 16));
+    return _mm512_add_epi32(_mm512_mullo_epi32(mixed, all(SECOND)), all(stream.offset));
+}
+
+/* The scalars of a step of Adam. */
+struct scalars {
+    float coefficient, shrink, weight, eps, beta2, one_minus_beta2, minus_size;
+    struct divisor root;
+};
+
+ALWAYS struct scalars scalars_of(const struct plan *plan) {
+    return (struct scalars){plan->coefficient, plan->shrink,          plan->first.weight, plan->eps,
+                            plan->beta2,       plan->one_minus_beta2, plan->minus_size,   divisor_of(plan->root)};
+}
+
+/* rules.py's Adam on sixteen elements, in two parts: m and v, and what is added to x. */
+WIDE void wide_moments(const struct scalars *with, __m512 g, __m512 *m, __m512 *v) {
+    g = _mm512_mul_ps(g, _mm512_set1_ps(with->coefficient));
+    *m = _mm512_fmadd_ps(_mm512_set1_ps(with->weight), _mm512_sub_ps(g, *m), *m);
+    const __m512 square = _mm512_mul_ps(_mm512_set1_ps(with->one_minus_beta2), g);
+    *v = _mm512_fmadd_ps(square, g, _mm512_mul_ps(_mm512_set1_ps(with->beta2), *v));
+}
+
+WIDE __m512 wide_step(const struct scalars *with, __m512 m, __m512 root) {
+    const __m512 denominator = _mm512_add_ps(divide(root, with->root), _mm512_set1_ps(with->eps));
+    return _mm512_div_ps(_mm512_mul_ps(_mm512_set1_ps(with->minus_size), m), denominator);
+}
+
+#endif
+#endif

@@ -1,0 +1,172 @@
+"""Loading an optimizer's state as it was saved, and converting the state of other storage.
+
+``torch.optim.Optimizer.load_state_dict`` casts every floating-point state to its parameter's dtype, and integers with
+them: an int16 remainder of a bf16 parameter would come back as bf16. So this is its twin without the cast. Where saved
+and wanted storage differ (a run that goes on with 8-bit states; the state of ``torch.optim.AdamW``), the saved state is
+decoded to FP32 and encoded anew.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from halfstep.optim import dither, masters, moments
+from halfstep.optim.layout import first_element, flat, is_dense, is_sharded, like, local
+
+if TYPE_CHECKING:
+    from halfstep.optim.base import MasterOptimizer
+
+STORAGE = ("master", "state", "rounding")
+CODES = (torch.int8, torch.uint8)
+
+
+@torch.no_grad()
+def load_state(optimizer: MasterOptimizer, state_dict: dict[str, Any]) -> None:
+    """`halfstep.optim.base.MasterOptimizer.load_state_dict`."""
+    state_dict = dict(state_dict)
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = hook(optimizer, state_dict) or state_dict
+    groups, saved_groups = optimizer.param_groups, copy.deepcopy(state_dict["param_groups"])
+    if len(groups) != len(saved_groups):
+        raise ValueError(f"the state has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"group {index} of the state has {len(saved['params'])} parameters, "
+                f"this optimizer's {len(group['params'])}"
+            )
+    merged = [
+        {**group, **{k: v for k, v in saved.items() if k != "params" and k not in STORAGE}}
+        for group, saved in zip(groups, saved_groups, strict=True)
+    ]
+    saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
+    owners = [(group, parameter) for group in merged for parameter in group["params"]]
+    matched = dict(zip(saved_ids, owners, strict=True))
+    known = {key: value for key, value in state_dict["state"].items() if key in matched}
+    for key, saved in known.items():
+        _check_shapes(key, matched[key][1], saved)
+    others = {key: value for key, value in state_dict["state"].items() if key not in matched}
+    state: defaultdict[Any, Any] = defaultdict(dict, others)
+    for key, saved in known.items():
+        group, parameter = matched[key]
+        state[parameter] = _converted(optimizer, parameter, group, saved)
+    optimizer.__setstate__({"state": state, "param_groups": merged})
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
+
+
+def _check_shapes(key: Any, parameter: Tensor, saved: dict[str, Any]) -> None:
+    for name, value in saved.items():
+        if not isinstance(value, Tensor) or name == "step":
+            continue
+        expected = moments.scale_shape(parameter.shape) if name.endswith("_scale") else tuple(parameter.shape)
+        if tuple(value.shape) != expected:
+            raise ValueError(
+                f"{name} of parameter {key} has shape {tuple(value.shape)}, but a parameter of shape "
+                f"{tuple(parameter.shape)} has {expected}: this state is of another model"
+            )
+        if value.dtype in CODES and name != "remainder" and not isinstance(saved.get(f"{name}_scale"), Tensor):
+            raise ValueError(f"{name} of parameter {key} are 8-bit codes, but {name}_scale is missing in the state")
+
+
+def _converted(
+    optimizer: MasterOptimizer, parameter: Tensor, group: dict[str, Any], saved: dict[str, Any]
+) -> dict[str, Any]:
+    """The state of one parameter in this optimizer's storage."""
+    rule = optimizer.rule(group)
+    names = [name for name, _ in rule.states]
+    if not saved:
+        return {}
+    state = optimizer.new_state(parameter, group, rule)
+    state["step"].fill_(_step(saved, names))
+    for stream, (name, square) in enumerate(rule.states):
+        if isinstance(saved.get(name), Tensor):
+            _take_moment(optimizer, parameter, state, saved, name, square, stream)
+    _take_master(parameter, state, saved)
+    return state
+
+
+def _step(saved: dict[str, Any], names: list[str]) -> float:
+    """Steps taken so far; torch's SGD does not count them, but has a momentum buffer after the first."""
+    if "step" in saved:
+        return float(saved["step"])
+    return 1.0 if any(isinstance(saved.get(name), Tensor) for name in names) else 0.0
+
+
+def _take_moment(
+    optimizer: MasterOptimizer,
+    parameter: Tensor,
+    state: dict[str, Any],
+    saved: dict[str, Any],
+    name: str,
+    square: bool,
+    stream: int,
+) -> None:
+    wanted, given = state[name], saved[name]
+    scale, given_scale = state.get(f"{name}_scale"), saved.get(f"{name}_scale")
+    same_scale = given_scale is scale or (
+        scale is not None and given_scale is not None and scale.shape == given_scale.shape
+    )
+    if wanted.dtype is given.dtype and same_scale and _same_order(given, wanted):
+        wanted.copy_(given)
+        if scale is not None:
+            scale.copy_(given_scale)
+        return
+    row = moments.row_length(local(parameter).shape)
+    part = local(given).to(local(wanted).device)
+    dense = part if is_dense(part) else part.contiguous()
+    their_scale = None if given_scale is None else flat(local(given_scale)).to(dense.device)
+    x = moments.decode(flat(dense), their_scale, row).as_strided(dense.shape, dense.stride())
+    x = flat(like(x, local(wanted))).clone()
+    noise = None
+    if square and wanted.dtype is not torch.float32:
+        key = dither.key(optimizer.seed, optimizer._ordinal(parameter), dither.STATE[stream], first_element(parameter))
+        noise = dither.dither(x.numel(), key, int(state["step"]), x.device)
+    moments.encode(x, flat(local(wanted)), None if scale is None else flat(local(scale)), row, noise)
+
+
+def _take_master(parameter: Tensor, state: dict[str, Any], saved: dict[str, Any]) -> None:
+    names = masters.NAMES
+    given_name = next((name for name in names if isinstance(saved.get(name), Tensor)), None)
+    if given_name is None:
+        return  # torch's own: masters start from the parameters
+    given = saved[given_name]
+    kept = next((state[name] for name in names if name in state), None)
+    if kept is not None and kept.dtype is given.dtype:
+        kept.copy_(given)
+        if given_name != "master":
+            return  # the remainder belongs to the parameter that was saved with it
+        x = local(given).to(local(parameter).device)
+    elif given_name == "master":
+        x = local(given).to(local(parameter).device)
+    else:
+        x = _joined(parameter, given)
+    ours = local(parameter.detach())
+    dense = ours if is_dense(ours) else ours.contiguous()
+    ours_kept = None if kept is None else flat(local(kept))
+    masters.encode(flat(like(x.float(), dense)).clone(), flat(dense), ours_kept)
+    if dense is not ours:
+        ours.copy_(dense)
+
+
+def _joined(parameter: Tensor, given: Tensor) -> Tensor:
+    """The master from the parameter as it is and a saved remainder or compensation."""
+    ours = local(parameter.detach())
+    dense = ours if is_dense(ours) else ours.contiguous()
+    if given.dtype in (torch.bfloat16, torch.float16):
+        low = dense.to(given.dtype)
+    else:
+        low = dense if dense.dtype is not torch.float32 else dense.to(torch.bfloat16)
+    part = like(local(given).to(dense.device), dense)
+    return masters.decode(flat(low), flat(part)).as_strided(dense.shape, dense.stride())
+
+
+def _same_order(given: Tensor, wanted: Tensor) -> bool:
+    """Whether both lie alike in memory, so that groups of 64 are the same elements."""
+    return is_sharded(given) or wanted.dtype in (torch.float32, torch.bfloat16) or given.stride() == wanted.stride()

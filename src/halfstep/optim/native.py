@@ -1,0 +1,203 @@
+"""The backend in C: for tensors in the host's memory, every job of an update in one call.
+
+What is computed is `halfstep.optim.eager`'s, bit for bit but where `tests/optim/test_native.py` says otherwise. The C
+sources lie in ``kernels/`` (begin with ``halfstep.h``); the package's installation compiles them into a plain shared
+library beside this file where there is a compiler, and goes on without where there is none: `missing` then says
+why. The library knows of neither torch nor Python: it gets a table of addresses, and the interpreter's lock is free
+while it works.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfstep.optim.moments import GROUP
+from halfstep.optim.rules import SGD, Adam, Rule
+from halfstep.optim.update import Job, Survey
+
+name = "native"
+
+#: Of ``halfstep.h``: raised together with it.
+VERSION = 1
+
+_FORMAT = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int16: 4, torch.int8: 5, torch.uint8: 6}
+_STATES = 3
+_ROW = 16  # 64-bit integers in a job's row
+_GRADIENT_ROW = 3
+_NO_MEMORY, _UNKNOWN_FORMAT = 1, 2
+
+
+class _Rule(ctypes.Structure):
+    """``struct hs_rule``."""
+
+    _fields_ = (
+        *((field, ctypes.c_double) for field in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+        *((field, ctypes.c_int32) for field in ("kind", "decoupled", "amsgrad", "nesterov", "maximize", "stochastic")),
+    )
+
+
+def missing() -> str:
+    """Why the library cannot be used, in one line; empty where it can."""
+    library = _library()
+    return library if isinstance(library, str) else ""
+
+
+def update(
+    jobs: Sequence[Job], rule: Rule, *, stochastic: bool, coefficient: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """Step every job: `halfstep.optim.update.Backend.update`."""
+    table = _table(jobs)
+    result = _loaded().hs_update(
+        table.buffer_info()[0],
+        len(jobs),
+        ctypes.byref(_rule(rule, stochastic)),
+        _scalar(coefficient, "coefficient"),
+        _scalar(found_inf, "found_inf"),
+        torch.get_num_threads(),
+    )
+    if result == _NO_MEMORY:
+        raise MemoryError(f"no memory for the plan of {len(jobs)} updates")
+    if result == _UNKNOWN_FORMAT:
+        raise ValueError(f"{rule}: a job's dtypes do not go together: {[_dtypes(job) for job in jobs]}")
+
+
+def survey(gradients: Sequence[Tensor]) -> Survey:
+    """Look at gradients, once: `halfstep.optim.update.Backend.survey`."""
+    table = array("q")
+    for gradient in gradients:
+        if not gradient.is_contiguous():
+            raise ValueError(f"a gradient of shape {tuple(gradient.shape)} has strides {gradient.stride()}: not flat")
+        table.extend((gradient.data_ptr(), gradient.numel(), _FORMAT.get(gradient.dtype, 0)))
+    total = torch.empty((), dtype=torch.float64)
+    amax = torch.empty(len(gradients))
+    result = _loaded().hs_survey(
+        table.buffer_info()[0], len(gradients), total.data_ptr(), amax.data_ptr(), torch.get_num_threads()
+    )
+    if result == _NO_MEMORY:
+        raise MemoryError(f"no memory to look at {len(gradients)} gradients")
+    if result == _UNKNOWN_FORMAT:
+        raise ValueError(f"gradients must be float32, bfloat16 or float16, not {[g.dtype for g in gradients]}")
+    return Survey(total, (~amax.isfinite()).any().float(), amax)
+
+
+def advise(tensor: Tensor) -> bool:
+    """Ask for huge pages behind a tensor that was just allocated and not yet written; whether the system agreed."""
+    storage = tensor.untyped_storage()
+    return bool(_loaded().hs_advise(storage.data_ptr(), storage.nbytes()) == 0)
+
+
+def _table(jobs: Sequence[Job]) -> array[int]:
+    """``struct hs_job`` for each job. Written for speed: a model has hundreds of parameters, and they wait for this."""
+    table = array("q")
+    format_of, address, numel_of, in_a_row = _FORMAT, Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
+    for parameter, gradient, kept, states, scales, step, row, seed, ordinal, first in jobs:
+        numel = numel_of(parameter)
+        sound = numel_of(gradient) == numel and in_a_row(parameter) and in_a_row(gradient)
+        formats = format_of[parameter.dtype] | format_of[gradient.dtype] << 4
+        kept_address = 0
+        if kept is not None:
+            sound = sound and numel_of(kept) == numel and in_a_row(kept)
+            formats |= format_of[kept.dtype] << 8
+            kept_address = address(kept)
+        places, shift = [0] * (2 * _STATES), 12
+        for index, state in enumerate(states):
+            sound = sound and numel_of(state) == numel and in_a_row(state)
+            formats |= format_of[state.dtype] << shift
+            places[index] = address(state)
+            shift += 4
+            scale = scales[index]
+            if scale is not None:
+                groups = numel // row * -(-row // GROUP) if numel else 0
+                sound = sound and numel_of(scale) == groups and in_a_row(scale) and scale.dtype is torch.float32
+                places[_STATES + index] = address(scale)
+        if not sound:
+            raise ValueError(_unsound(Job(parameter, gradient, kept, states, scales, step, row, seed, ordinal, first)))
+        table.extend((address(parameter), address(gradient), kept_address, *places, address(step)))
+        table.extend((numel, row, seed & 0xFFFFFFFF, ordinal & 0xFFFFFFFF, first, formats))
+    return table
+
+
+def _unsound(job: Job) -> str:
+    """What is said of tensors that C would read or write beyond."""
+    tensors = (job.parameter, job.gradient, job.kept, *job.states, *job.scales)
+    shapes = [None if t is None else (str(t.dtype), tuple(t.shape), t.stride()) for t in tensors]
+    return (
+        f"parameter {job.ordinal}: all its tensors must have its {job.parameter.numel()} elements one after the other, "
+        f"and scales one float32 for each {GROUP} of a row of {job.row}; these are {shapes}"
+    )
+
+
+def _rule(rule: Rule, stochastic: bool) -> _Rule:
+    """``struct hs_rule``: SGD's momentum and dampening lie where the others have their betas."""
+    if isinstance(rule, Adam):
+        lr, eps = float(rule.lr), rule.eps
+        flags = (0, rule.decoupled, rule.amsgrad, False)
+        return _Rule(lr, rule.beta1, rule.beta2, eps, rule.weight_decay, *flags, rule.maximize, stochastic)
+    if isinstance(rule, SGD):
+        flags = (1, False, False, rule.nesterov)
+        lr, first, second = float(rule.lr), rule.momentum, rule.dampening
+    else:
+        flags = (2, True, False, False)
+        lr, first, second = float(rule.lr), rule.beta1, rule.beta2
+    return _Rule(lr, first, second, 0.0, rule.weight_decay, *flags, rule.maximize, stochastic)
+
+
+def _scalar(value: Tensor | None, what: str) -> int | None:
+    """The address of a float32 scalar in the host's memory."""
+    if value is None:
+        return None
+    if value.dtype is not torch.float32 or value.numel() != 1 or value.device.type != "cpu":
+        raise ValueError(f"{what}: one float32 in the host's memory, not {value.dtype} on {value.device}")
+    return value.data_ptr()
+
+
+def _dtypes(job: Job) -> tuple[torch.dtype | None, ...]:
+    tensors = (job.parameter, job.gradient, job.kept, *job.states)
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(f"the compiled optimizer kernels cannot be used: {library}")
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_kernels{suffix}")
+        if path.exists():
+            return _open(path)
+    return f"{Path(__file__).parent} holds no compiled _kernels: no C compiler was found when halfstep was installed"
+
+
+def _open(path: Path) -> ctypes.CDLL | str:
+    """Load the library, and hold that both sides mean the same by a row."""
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.hs_version()
+        sizes = (ctypes.c_int64 * 3)()
+        library.hs_sizes(sizes)
+    except (OSError, AttributeError) as error:
+        return f"{path} does not load: {error}"
+    expected = [8 * _ROW, ctypes.sizeof(_Rule), 8 * _GRADIENT_ROW]
+    if version != VERSION or list(sizes) != expected:
+        return (
+            f"{path} was built from other sources (version {version}, sizes {list(sizes)}; "
+            f"here {VERSION}, {expected}): install halfstep again"
+        )
+    address, integer = ctypes.c_void_p, ctypes.c_int64
+    library.hs_update.argtypes = [address, integer, ctypes.POINTER(_Rule), address, address, ctypes.c_int32]
+    library.hs_survey.argtypes = [address, integer, address, address, ctypes.c_int32]
+    library.hs_advise.argtypes = [address, integer]
+    return library
