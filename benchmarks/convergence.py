@@ -76,7 +76,7 @@ def _warm_up_and_cosine(step: int, warmup: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0))
 
 
-def pretraining(steps: int, seeds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def pretraining(steps: int, seeds: int, pair_seeds: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Every pair against FP32, seed by seed."""
     reference = []
     for seed in range(seeds):
@@ -87,7 +87,7 @@ def pretraining(steps: int, seeds: int, say: Callable[[str], None]) -> dict[str,
     rows += [("bf16", "none", "fp32", "nearest")]
     pairs = []
     for low, master, state, rounding in rows:
-        losses = [pretrain(seed, steps, master, state, rounding, low) for seed in range(min(seeds, 2))]
+        losses = [pretrain(seed, steps, master, state, rounding, low) for seed in range(pair_seeds)]
         differences = [a - b for a, b in zip(losses, reference, strict=False)]
         pairs.append(
             {
@@ -201,7 +201,8 @@ def _loss(model: Any, data: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000, help="of pretraining, and of fine-tuning")
-    parser.add_argument("--seeds", type=int, default=5, help="of FP32; pairs take up to 2 of them")
+    parser.add_argument("--seeds", type=int, default=5, help="of FP32: how far do seeds lie apart?")
+    parser.add_argument("--pair-seeds", type=int, default=1, help="of each pair, compared seed by seed")
     parser.add_argument("--lr", type=float, default=2e-5, help="of fine-tuning")
     parser.add_argument("--part", choices=["pretraining", "finetuning", "both"], default="both")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -209,11 +210,14 @@ def main() -> None:
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     result |= {"torch": torch.__version__, "halfstep": halfstep.__version__, "machine": platform.processor() or "?"}
     result |= {"threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
     if args.part != "finetuning":
-        result["pretraining"] = pretraining(args.steps, args.seeds, lambda line: print(line, flush=True))
+        result["pretraining"] = pretraining(args.steps, args.seeds, args.pair_seeds, say)
     if args.part != "pretraining":
-        say: Callable[[str], None] = lambda line: print(line, flush=True)  # noqa: E731
-        result["finetuning"] = finetuning(args.steps, args.steps, args.lr, min(args.seeds, 3), say)
+        result["finetuning"] = finetuning(args.steps, args.steps, args.lr, args.pair_seeds, say)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

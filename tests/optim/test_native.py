@@ -180,6 +180,24 @@ def test_adamw_with_eight_bits_where_it_is_rare() -> None:
 
 
 @needs_library
+def test_loops_for_any_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a processor without AVX-512 runs; one that has it would never come here."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler on the path")
+    sources = sorted(str(path) for path in Path(native.__file__).with_name("kernels").glob("*.c"))
+    flags = ["-O2", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-DHS_PORTABLE"]
+    library = tmp_path / "portable.so"
+    subprocess.run([compiler, *flags, *sources, "-o", str(library), "-lm"], check=True)
+    portable = native._open(library)
+    monkeypatch.setattr(native, "_library", lambda: portable)
+    for dtype, state in itertools.product(DTYPES, ("fp32", "bf16", "8bit")):
+        for master, rounding in STORAGES:
+            job = make_job(RULES["adamw"], dtype, dtype, master, rounding, state, (3, 131))
+            compare(job, RULES["adamw"], rounding, (dtype, state, master, rounding))
+
+
+@needs_library
 def test_a_skipped_step_changes_no_byte() -> None:
     for name, state in itertools.product(RULES, ("fp32", "8bit")):
         job = make_job(RULES[name], torch.bfloat16, torch.bfloat16, "24bit", "stochastic", state)  # type: ignore[arg-type]

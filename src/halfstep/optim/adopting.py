@@ -51,4 +51,4 @@ def adopt(
     if dense is not ours:
         ours.copy_(dense)
     torch.autograd.graph.increment_version(parameter)
-    optimizer._jobs.pop(parameter, None)
+    optimizer._jobs.forget(parameter)

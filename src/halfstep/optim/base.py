@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from halfstep.optim import backends, masters, moments
 from halfstep.optim.adopting import adopt
 from halfstep.optim.backends import BackendName
+from halfstep.optim.jobs import Jobs
 from halfstep.optim.layout import (
-    first_element,
     flat,
     is_dense,
     is_sharded,
@@ -60,8 +60,8 @@ class MasterOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True
 
-    _jobs: dict[Tensor, Job]  #: without gradients, kept from step to step
-    _ordinals: dict[Tensor, int]
+    _jobs: Jobs
+    _ordinals: dict[int, int]  #: by the parameter's id
     _backends: dict[torch.device, Backend]
     _scalars: tuple[Tensor, Tensor | None] | None  #: coefficient and found_inf, inside `scaled`
 
@@ -165,8 +165,9 @@ class MasterOptimizer(Optimizer):
         rule = self.rule(group)
         by_device: dict[torch.device, list[Job]] = {}
         copied: list[tuple[Tensor, Tensor]] = []
+        states = rule.states
         for parameter, gradient in pairs:
-            job = self._job(parameter, gradient, group, rule, copied)
+            job = self._job(parameter, gradient, group, rule, states, copied)
             by_device.setdefault(job.parameter.device, []).append(job)
         for device, jobs in by_device.items():
             self._backend(device).update(
@@ -259,6 +260,7 @@ class MasterOptimizer(Optimizer):
         gradient: Tensor,
         group: dict[str, Any],
         rule: Rule,
+        states: tuple[tuple[str, bool], ...],
         copied: list[tuple[Tensor, Tensor]],
     ) -> Job:
         if gradient.is_sparse:
@@ -267,45 +269,10 @@ class MasterOptimizer(Optimizer):
                 "build the embedding with sparse=False, or give its parameters to torch.optim.SparseAdam"
             )
         state = self.state[parameter]
-        if any(name not in state for name, _ in rule.states) or not state:  # no step yet; or momentum switched on since
-            state.update({**self.new_state(parameter, group, rule), **state})
-        ours = local(parameter)
-        cached = self._jobs.get(parameter)
-        if cached is None or cached.parameter.data_ptr() != ours.data_ptr() or not _is_of(cached, state, rule):
-            cached = self._new_job(parameter, ours, state, group, rule)
-            if is_dense(ours):
-                self._jobs[parameter] = cached
-            else:
-                copied.append((ours, cached.parameter.view(ours.shape)))
-        theirs = local(gradient)
-        pattern = ours if is_dense(ours) else ours.contiguous()
-        flat_gradient = flat(like(theirs, pattern))
-        return Job(cached.parameter, flat_gradient, *cached[2:])
-
-    def _new_job(
-        self, parameter: Tensor, ours: Tensor, state: dict[str, Any], group: dict[str, Any], rule: Rule
-    ) -> Job:
-        """A job without its gradient, to be kept from step to step."""
-        dense = ours if is_dense(ours) else ours.contiguous()
-        extra = masters.extra(group["master"], _rounding(group), parameter.dtype)
-        for name in [*(n for n, _ in rule.states), *([extra[0]] if extra else [])]:
-            part = local(state[name])
-            if part.stride() != dense.stride() and not is_sharded(state[name]):
-                state[name] = moments.relaid(part, state.get(f"{name}_scale"), dense)
-        kept = flat(local(state[extra[0]])) if extra else None
-        scales = (state.get(f"{name}_scale") for name, _ in rule.states)
-        return Job(
-            parameter=flat(dense),
-            gradient=dense,
-            kept=kept,
-            states=tuple(flat(local(state[name])) for name, _ in rule.states),
-            scales=tuple(None if scale is None else flat(local(scale)) for scale in scales),
-            step=state["step"],
-            row=moments.row_length(ours.shape),
-            seed=self.seed,
-            ordinal=self._ordinal(parameter),
-            first=first_element(parameter),
-        )
+        if "step" not in state or (states and states[-1][0] not in state):
+            state.update({**self.new_state(parameter, group, rule), **state})  # no step yet, or momentum only since now
+        kept_as = masters.extra(group["master"], _rounding(group), parameter.dtype)
+        return self._jobs.job(parameter, gradient, state, states, kept_as, self._ordinal(parameter), copied)
 
     def _backend(self, device: torch.device) -> Backend:
         if device not in self._backends:
@@ -322,13 +289,13 @@ class MasterOptimizer(Optimizer):
         raise ValueError(f"this optimizer does not step the parameter of shape {tuple(parameter.shape)}")
 
     def _ordinal(self, parameter: Tensor) -> int:
-        if parameter not in self._ordinals:
-            self._ordinals = {p: i for i, p in enumerate(self._parameters())}
-        return self._ordinals[parameter]
+        if id(parameter) not in self._ordinals:
+            self._ordinals = {id(p): i for i, p in enumerate(self._parameters())}
+        return self._ordinals[id(parameter)]
 
     def _forget(self) -> None:
         """Drop what is derived from groups and state."""
-        self._jobs = {}
+        self._jobs = Jobs(self.seed)
         self._ordinals = {}
         self._backends = {}
         self._scalars = None
@@ -358,19 +325,6 @@ def _groups_can_shard(parameter: Tensor) -> bool:
 def _new_scale(parameter: Tensor) -> Tensor:
     part = torch.zeros(moments.scale_shape(local(parameter).shape), device=local(parameter).device)
     return sharded_like(part, parameter, moments.scale_shape(parameter.shape)) if is_sharded(parameter) else part
-
-
-def _is_of(job: Job, state: dict[str, Any], rule: Rule) -> bool:
-    """Whether a kept job still uses the state's tensors: somebody may have put others into their place."""
-    names = [name for name, _ in rule.states]
-    kept = [value for name, value in state.items() if name in masters.NAMES]
-    theirs = [*(state[name] for name in names), *kept]
-    ours = [*job.states, *([] if job.kept is None else [job.kept])]
-    return (
-        job.step is state["step"]
-        and len(ours) == len(theirs)
-        and all(a.data_ptr() == local(b).data_ptr() for a, b in zip(ours, theirs, strict=True))
-    )
 
 
 def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:

@@ -67,12 +67,7 @@ class Exchange:
                 del self.masters[parameter]
         # Of sharded (DTensor) ones each rank looks at its shard.
         pairs = [(_local(parameter), _local(master)) for parameter, master in self.masters.items()]
-        differs = [(parameter != master.to(parameter.dtype)).any() for parameter, master in pairs]
-        if not differs:
-            return
-        # One answer from the device for all of them; asking one by one would wait for it each time.
-        changed = torch.stack([d.to(differs[0].device) for d in differs]).tolist()
-        for parameter, master in itertools.compress(pairs, changed):
+        for parameter, master in itertools.compress(pairs, _differ(pairs)):
             same = parameter == master.to(parameter.dtype)
             master.copy_(torch.where(same, master, parameter.float()))
 
@@ -127,6 +122,16 @@ class Exchange:
                             if isinstance(value, Tensor) and value.dtype in LOW_PRECISION:
                                 values[key] = value.float()
             group["params"][:] = new
+
+
+def _differ(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Of each parameter, whether it is anything but its master rounded."""
+    if all(parameter.device.type == "cpu" for parameter, _ in pairs):
+        return [not torch.equal(parameter, master.to(parameter.dtype)) for parameter, master in pairs]
+    # One answer from the device for all of them; asking one by one would wait for it each time.
+    differs = [(parameter != master.to(parameter.dtype)).any() for parameter, master in pairs]
+    answers: list[bool] = torch.stack([d.to(differs[0].device) for d in differs]).tolist()
+    return answers
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ VERSION = 1
 _FORMAT = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int16: 4, torch.int8: 5, torch.uint8: 6}
 _STATES = 3
 _ROW = 16  # 64-bit integers in a job's row
+_GRADIENT, _NUMEL, _FORMATS = 1, 10, 15  # columns of it
 _GRADIENT_ROW = 3
 _NO_MEMORY, _UNKNOWN_FORMAT = 1, 2
 
@@ -97,32 +98,44 @@ def advise(tensor: Tensor) -> bool:
 def _table(jobs: Sequence[Job]) -> array[int]:
     """``struct hs_job`` for each job. Written for speed: a model has hundreds of parameters, and they wait for this."""
     table = array("q")
-    format_of, address, numel_of, in_a_row = _FORMAT, Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
-    for parameter, gradient, kept, states, scales, step, row, seed, ordinal, first in jobs:
-        numel = numel_of(parameter)
-        sound = numel_of(gradient) == numel and in_a_row(parameter) and in_a_row(gradient)
-        formats = format_of[parameter.dtype] | format_of[gradient.dtype] << 4
-        kept_address = 0
-        if kept is not None:
-            sound = sound and numel_of(kept) == numel and in_a_row(kept)
-            formats |= format_of[kept.dtype] << 8
-            kept_address = address(kept)
-        places, shift = [0] * (2 * _STATES), 12
-        for index, state in enumerate(states):
-            sound = sound and numel_of(state) == numel and in_a_row(state)
-            formats |= format_of[state.dtype] << shift
-            places[index] = address(state)
-            shift += 4
-            scale = scales[index]
-            if scale is not None:
-                groups = numel // row * -(-row // GROUP) if numel else 0
-                sound = sound and numel_of(scale) == groups and in_a_row(scale) and scale.dtype is torch.float32
-                places[_STATES + index] = address(scale)
-        if not sound:
-            raise ValueError(_unsound(Job(parameter, gradient, kept, states, scales, step, row, seed, ordinal, first)))
-        table.extend((address(parameter), address(gradient), kept_address, *places, address(step)))
-        table.extend((numel, row, seed & 0xFFFFFFFF, ordinal & 0xFFFFFFFF, first, formats))
+    for job in jobs:
+        notes, gradient = job.notes, job.gradient
+        row = None if notes is None else notes.get(name)
+        if row is None:
+            row = _row(job)
+            if notes is not None:
+                notes[name] = row
+        if gradient.numel() != row[_NUMEL] or not gradient.is_contiguous():
+            raise ValueError(_unsound(job))
+        row[_GRADIENT] = gradient.data_ptr()
+        row[_FORMATS] = row[_FORMATS] & ~0xF0 | _FORMAT[gradient.dtype] << 4
+        table += row
     return table
+
+
+def _row(job: Job) -> array[int]:
+    """``struct hs_job``, without the gradient."""
+    numel = job.parameter.numel()
+    sound, formats = job.parameter.is_contiguous(), _FORMAT[job.parameter.dtype]
+    kept_address = 0
+    if job.kept is not None:
+        sound = sound and job.kept.numel() == numel and job.kept.is_contiguous()
+        formats |= _FORMAT[job.kept.dtype] << 8
+        kept_address = job.kept.data_ptr()
+    places, groups = [0] * (2 * _STATES), numel // job.row * -(-job.row // GROUP) if numel else 0
+    for index, (state, scale) in enumerate(zip(job.states, job.scales, strict=True)):
+        sound = sound and state.numel() == numel and state.is_contiguous()
+        formats |= _FORMAT[state.dtype] << (12 + 4 * index)
+        places[index] = state.data_ptr()
+        if scale is not None:
+            sound = sound and scale.numel() == groups and scale.is_contiguous() and scale.dtype is torch.float32
+            places[_STATES + index] = scale.data_ptr()
+    if not sound:
+        raise ValueError(_unsound(job))
+    key = (job.seed & 0xFFFFFFFF, job.ordinal & 0xFFFFFFFF, job.first)
+    return array(
+        "q", (job.parameter.data_ptr(), 0, kept_address, *places, job.step.data_ptr(), numel, job.row, *key, formats)
+    )
 
 
 def _unsound(job: Job) -> str:

@@ -27,7 +27,7 @@ An update, in the words of the oracle (`halfstep.optim.eager`)::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -47,6 +47,8 @@ class Job(NamedTuple):
     seed: int  #: the optimizer's seed
     ordinal: int  #: the parameter's place among all of the optimizer's
     first: int = 0  #: of a part of a sharded parameter: the index of its first element in the whole
+    #: Where a backend may keep what it derives from all but the gradient; the same from step to step.
+    notes: dict[str, Any] | None = None
 
 
 class Survey(NamedTuple):

@@ -1,11 +1,13 @@
-/* AdamW with states of eight bits for processors with AVX-512: the same bits as the general path's.
+/* AdamW with states of eight bits for processors with AVX-512.
  *
  * What a group of 64 is divided by is known only when all of it has been computed, and from the first load to the last
- * code it takes some two hundred cycles. A processor that goes group by group spends most of them waiting, so a block of
- * sixteen groups is done in two rounds. The first brings m and v forward; m, the root of v and the largest of each stay
- * in the first-level cache. The second steps the parameters and turns m and v into codes. Loops go through the four
- * vectors of a group stage by stage, so that four chains are under way at a time. The general path does what is rare (a
- * group that holds inf or NaN, the end of a row) before anything of it has been stored.
+ * code that takes some two hundred cycles. A processor that goes group by group spends most of them waiting, so a block
+ * of sixteen groups is done in two rounds. The first brings m and v forward; m, the root of v and the largest of each
+ * stay in the first-level cache. The second steps the parameters and turns m and v into codes. Loops go through the
+ * four vectors of a group stage by stage, so that four chains are under way at a time. The general path does what is
+ * rare (a group that holds inf or NaN, the end of a row) before anything of it has been stored.
+ *
+ * This is the one loop whose bits are not the general path's: see `drawn_together`.
  */
 #include "avx512.h"
 
@@ -28,81 +30,25 @@ struct block {
  *
  *     g' = g w,  w = coefficient (1 - beta1)           m = beta1 m + g'
  *     v' = v k^2,  k = (1 - beta1) / sqrt(1 - beta2)   v' = beta2 v' + g'^2
+ *     x = x shrink + m / (sqrt(v') denominator + eps'),  both divided by the step's size
  *
- * The codes' factors take beta1, and k sqrt(beta2), along. This rounds less often than rules.py and elsewhere: by a few
- * units in the last place of FP32, which is 2^-16 of a code's spacing.
+ * The codes' factors take beta1, and k sqrt(beta2), along. This rounds less often than rules.py and in other places:
+ * the result is a few units in the last place of FP32 away, some 2^-14 of a code's spacing, in three quarters of the
+ * time.
  */
 struct drawn_together {
     float weight;      /* w */
     float m_decode;    /* beta1 / 127^2 */
     float root_decode; /* k sqrt(beta2) / 255 */
     float root_scale;  /* 1 / k */
-    float denominator; /* 1 / (k sqrt(1 - beta2^step)) */
-    float eps, minus_size, shrink;
+    float denominator; /* 1 / (k sqrt(1 - beta2^step)), divided by the step's size, as is eps */
+    float eps, shrink;
 };
 
+/* Thirty-two elements of a pair into two vectors of four. */
 WIDE void put(__m512 *to, struct pair pair) {
     to[0] = pair.first;
     to[1] = pair.second;
-}
-
-WIDE void load_masters(__m512 *x, const struct plan *plan, int64_t i, enum hs_format parameter, enum hs_format kept) {
-    if (parameter == HS_FP32) {
-        const float *whole = (const float *)plan->job.parameter + i;
-        put(x, load_fp32(whole));
-        put(x + 2, load_fp32(whole + 32));
-        return;
-    }
-    const uint16_t *half = (const uint16_t *)plan->job.parameter + i;
-    for (int k = 0; k < VECTORS; k += 2) {
-        const __m512i halves = _mm512_loadu_si512(half + 16 * k);
-        if (kept == HS_INT8) {
-            const int8_t *remainder = (const int8_t *)plan->job.kept + i + 16 * k;
-            const __m512i rest = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)remainder));
-            put(x + k, join_remainder(halves, rest, 8));
-        } else if (kept == HS_INT16) {
-            const int16_t *remainder = (const int16_t *)plan->job.kept + i + 16 * k;
-            put(x + k, join_remainder(halves, _mm512_loadu_si512(remainder), 0));
-        } else {
-            put(x + k, join(halves, _mm512_setzero_si512()));
-        }
-    }
-}
-
-WIDE void store_masters(const __m512 *x, const struct plan *plan, int64_t i, enum hs_format parameter,
-                        enum hs_format kept, int dithered) {
-    if (parameter == HS_FP32) {
-        for (int k = 0; k < VECTORS; k++) _mm512_storeu_ps((float *)plan->job.parameter + i + 16 * k, x[k]);
-        return;
-    }
-    uint16_t *half = (uint16_t *)plan->job.parameter + i;
-    const __m512i place = place_of(plan->weight_noise, i);
-    for (int k = 0; k < VECTORS; k += 2) {
-        struct pair pair = {x[k], x[k + 1]};
-        if (kept != HS_INT16) {
-            __m512i first = all(0x80), second = first;
-            if (dithered) {
-                const int places = kept == HS_INT8 ? 24 : 16;
-                first = _mm512_srli_epi32(wide_dither(plan->weight_noise, place, 16 * k), places);
-                second = _mm512_srli_epi32(wide_dither(plan->weight_noise, place, 16 * k + 16), places);
-            }
-            pair.first = floats(_mm512_add_epi32(integers(pair.first), first));
-            pair.second = floats(_mm512_add_epi32(integers(pair.second), second));
-        }
-        const __m512i upper = uppers(pair);
-        if (kept == HS_ABSENT) {
-            _mm512_storeu_si512(half + 16 * k, upper);
-            continue;
-        }
-        const __m512i lower = lowers(pair);
-        _mm512_storeu_si512(half + 16 * k, _mm512_sub_epi16(upper, _mm512_srai_epi16(lower, 15)));
-        if (kept == HS_INT16) {
-            _mm512_storeu_si512((int16_t *)plan->job.kept + i + 16 * k, lower);
-        } else {
-            const __m256i bytes = _mm512_cvtepi16_epi8(_mm512_srli_epi16(lower, 8));
-            _mm256_storeu_si256((__m256i *)((int8_t *)plan->job.kept + i + 16 * k), bytes);
-        }
-    }
 }
 
 /* Four vectors of small integers as 64 bytes in order; what a byte cannot hold becomes its largest. */
@@ -146,16 +92,11 @@ WIDE unsigned usual_scales(__m512 largest) {
 WIDE __m128i load_128(const void *from) { return _mm_loadu_si128((const __m128i *)from); }
 
 /* The first round for one group. */
-WIDE void step_states(struct block *block, int group, const struct plan *plan, const struct drawn_together *with, int64_t i,
-                      enum hs_format parameter) {
+WIDE void step_states(struct block *block, int group, const struct plan *plan, const struct drawn_together *with,
+                      int64_t i, enum hs_format parameter) {
     __m512 g[VECTORS], m[VECTORS], root[VECTORS];
-    if (parameter == HS_FP32) {
-        put(g, load_fp32((const float *)plan->job.gradient + i));
-        put(g + 2, load_fp32((const float *)plan->job.gradient + i + 32));
-    } else {
-        put(g, load_bf16((const uint16_t *)plan->job.gradient + i));
-        put(g + 2, load_bf16((const uint16_t *)plan->job.gradient + i + 32));
-    }
+    put(g, load(plan->job.gradient, i, parameter));
+    put(g + 2, load(plan->job.gradient, i + 32, parameter));
     const int8_t *signed_codes = (const int8_t *)plan->job.states[0] + i;
     const uint8_t *square_codes = (const uint8_t *)plan->job.states[1] + i;
     const __m512 m_factor = _mm512_set1_ps(block->m_factor[group]);
@@ -174,10 +115,21 @@ WIDE void step_states(struct block *block, int group, const struct plan *plan, c
     block->largest_root[group] = largest_lanes(root[0], root[1], root[2], root[3]);
 }
 
+/* What the next block needs, while this one computes. */
+WIDE void ask_for_group(const struct plan *plan, int64_t i, enum hs_format parameter, enum hs_format kept) {
+    const int size = parameter == HS_FP32 ? 4 : 2;
+    ask_for(plan->job.gradient, i, GROUP, size);
+    ask_for(plan->job.parameter, i, GROUP, size);
+    if (kept != HS_ABSENT) ask_for(plan->job.kept, i, GROUP, size_of(kept));
+    ask_for(plan->job.states[0], i, GROUP, 1);
+    ask_for(plan->job.states[1], i, GROUP, 1);
+}
+
 /* The second round for one group; 0 where the general path must do it. */
 WIDE int step_masters(const struct block *block, int group, const struct plan *plan, const struct drawn_together *with,
                       int64_t i, enum hs_format parameter, enum hs_format kept, int dithered) {
     const struct stream noise = plan->state_noise[1];
+    const struct stream centred = {noise.key, noise.offset + 0x80000000u};
     const __m512i place = place_of(noise, i);
     const __m512 m_factor = _mm512_set1_ps(block->m_factor[group]);
     const __m512 root_factor = _mm512_set1_ps(block->root_factor[group]);
@@ -188,13 +140,16 @@ WIDE int step_masters(const struct block *block, int group, const struct plan *p
         root[k] = _mm512_load_ps(&block->root[group][16 * k]);
         const __m512 denominator =
             _mm512_fmadd_ps(root[k], _mm512_set1_ps(with->denominator), _mm512_set1_ps(with->eps));
-        step[k] = _mm512_div_ps(_mm512_mul_ps(_mm512_set1_ps(with->minus_size), m[k]), denominator);
+        step[k] = _mm512_div_ps(m[k], denominator);
     }
-    load_masters(x, plan, i, parameter, kept);
+    ask_for_group(plan, i + GROUPS * GROUP, parameter, kept);
+    put(x, load_master(plan, i, parameter, kept));
+    put(x + 2, load_master(plan, i + 32, parameter, kept));
     for (int k = 0; k < VECTORS; k++) {
-        const __m512 drawn = _mm512_cvtepi32_ps(_mm512_srli_epi32(wide_dither(noise, place, 16 * k), 8));
+        /* To nearest after a number in [-1/2, 1/2), which is the floor after one in [0, 1). */
+        const __m512 drawn = _mm512_cvtepi32_ps(wide_dither(centred, place, 16 * k));
         const __m512 exact = _mm512_mul_ps(root[k], root_factor);
-        const __m512i square = _mm512_cvttps_epi32(_mm512_fmadd_ps(drawn, _mm512_set1_ps(0x1p-24f), exact));
+        const __m512i square = _mm512_cvtps_epi32(_mm512_fmadd_ps(drawn, _mm512_set1_ps(0x1p-32f), exact));
         const __mmask16 present = _mm512_test_epi32_mask(integers(root[k]), integers(root[k]));
         square_codes[k] = _mm512_mask_max_epi32(square, present, square, all(1));
     }
@@ -206,14 +161,15 @@ WIDE int step_masters(const struct block *block, int group, const struct plan *p
     for (int k = 0; k < VECTORS; k++)
         x[k] = _mm512_add_ps(_mm512_mul_ps(x[k], _mm512_set1_ps(with->shrink)), step[k]);
     if (__builtin_expect(has_nan((struct pair){x[0], x[1]}) | has_nan((struct pair){x[2], x[3]}), 0)) return 0;
-    store_masters(x, plan, i, parameter, kept, dithered);
+    store_master(plan, i, (struct pair){x[0], x[1]}, parameter, kept, dithered);
+    store_master(plan, i + 32, (struct pair){x[2], x[3]}, parameter, kept, dithered);
     _mm512_storeu_si512((int8_t *)plan->job.states[0] + i, bytes_of(signed_codes, 1));
     _mm512_storeu_si512((uint8_t *)plan->job.states[1] + i, bytes_of(square_codes, 0));
     return 1;
 }
 
-WIDE void adam_block(const struct plan *plan, const struct drawn_together *with, int64_t begin, int groups, int64_t first,
-                     enum hs_format parameter, enum hs_format kept, int dithered) {
+WIDE void adam_block(const struct plan *plan, const struct drawn_together *with, int64_t begin, int groups,
+                     int64_t first, enum hs_format parameter, enum hs_format kept, int dithered) {
     struct block block;
     float *scales_m = plan->job.scales[0] + first, *scales_root = plan->job.scales[1] + first;
     const __mmask16 here = (__mmask16)((1u << groups) - 1);
@@ -251,9 +207,8 @@ WIDE struct drawn_together draw_together(const struct plan *plan) {
         .m_decode = (float)((1.0 - weight) / 16129.0),
         .root_decode = (float)(k * __builtin_sqrt((double)plan->beta2) / 255.0),
         .root_scale = (float)(1.0 / k),
-        .denominator = (float)(1.0 / (k * root)),
-        .eps = plan->eps,
-        .minus_size = plan->minus_size,
+        .denominator = (float)(1.0 / (k * root * (double)plan->minus_size)),
+        .eps = (float)((double)plan->eps / (double)plan->minus_size),
         .shrink = plan->shrink,
     };
 }
@@ -284,7 +239,9 @@ LOOP(bf16_24bit_dithered, HS_BF16, HS_INT8, 1)
 LOOP(bf16_alone_dithered, HS_BF16, HS_ABSENT, 1)
 
 hs_segment hs_wide_adam_8bit(const struct plan *plan) {
+    const float size = __builtin_fabsf(plan->minus_size);
     if (!has_avx512() || !(plan->root >= 0x1p-20f && plan->first.weight >= 0x1p-20f)) return 0;
+    if (!(size >= 0x1p-60f && size <= 0x1p60f)) return 0; /* lr 0 among them */
     if (plan->kind != HS_ADAM || plan->amsgrad || plan->decay != 0.0f || plan->first.from_end) return 0;
     if (plan->states[0] != HS_INT8 || plan->states[1] != HS_UINT8 || plan->gradient != plan->parameter) return 0;
     if (plan->parameter == HS_FP32) return fp32;

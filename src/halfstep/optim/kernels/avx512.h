@@ -9,7 +9,7 @@
 
 #include "plan.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(HS_PORTABLE)
 #define HS_AVX512 1
 
 #include <immintrin.h>
@@ -21,6 +21,13 @@
 ALWAYS int has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+/* Ask memory for what will be needed. Processors do so by themselves, but begin anew at each page of each array, and a
+ * step has too few operations to hide that: asking saves a tenth of its time. Beyond an array's end it does nothing. */
+WIDE void ask_for(const void *array, int64_t element, int count, int size) {
+    const char *at = (const char *)array + element * size;
+    for (int line = 0; line < count * size; line += 64) _mm_prefetch(at + line, _MM_HINT_T0);
 }
 
 /* Thirty-two FP32 numbers in their order. */
@@ -57,35 +64,25 @@ WIDE __m512i lowers(struct pair x) {
     return _mm512_permutex2var_epi16(integers(x.first), counting(0x00020000, 0x00040004), integers(x.second));
 }
 
-WIDE struct pair load_bf16(const uint16_t *from) {
-    return join(_mm512_loadu_si512(from), _mm512_setzero_si512());
+ALWAYS int size_of(enum hs_format format) {
+    return format == HS_FP32 ? 4 : format == HS_INT8 || format == HS_UINT8 ? 1 : 2;
 }
 
-WIDE struct pair load_fp16(const uint16_t *from) {
+WIDE struct pair load(const void *array, int64_t i, enum hs_format format) {
+    const char *from = (const char *)array + i * size_of(format);
+    if (format == HS_FP32) return (struct pair){_mm512_loadu_ps(from), _mm512_loadu_ps(from + 64)};
+    if (format == HS_BF16) return join(_mm512_loadu_si512(from), _mm512_setzero_si512());
     return (struct pair){_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)),
-                         _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + 16)))};
+                         _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + 32)))};
 }
 
-WIDE struct pair load_fp32(const float *from) {
-    return (struct pair){_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
-}
-
-WIDE void store_fp32(float *to, struct pair x) {
-    _mm512_storeu_ps(to, x.first);
-    _mm512_storeu_ps(to + 16, x.second);
+WIDE void store_fp32(void *array, int64_t i, struct pair x) {
+    _mm512_storeu_ps((float *)array + i, x.first);
+    _mm512_storeu_ps((float *)array + i + 16, x.second);
 }
 
 /* Whether a NaN is among them: a comparison with two operands looks at both. */
 WIDE int has_nan(struct pair x) { return _mm512_cmp_ps_mask(x.first, x.second, _CMP_UNORD_Q) != 0; }
-
-/* bf16 halves and signed remainders, whose highest bit is what the rounding of the half added, to the FP32 number.
- * A half that is zero takes no negative remainder: it would lead across zero (see masters.py). */
-WIDE struct pair join_remainder(__m512i halves, __m512i remainders, int places) {
-    const __mmask32 zeros = _mm512_testn_epi16_mask(halves, all_halves(0x7FFF));
-    remainders = _mm512_mask_max_epi16(remainders, zeros, remainders, _mm512_setzero_si512());
-    const __m512i upper = _mm512_add_epi16(halves, _mm512_srai_epi16(remainders, 15));
-    return join(upper, places ? _mm512_slli_epi16(remainders, (unsigned)places) : remainders);
-}
 
 /* x / divisor, correctly rounded, for x >= 0 and a divisor that many x share.
  *
@@ -122,6 +119,88 @@ WIDE __m512i wide_dither(struct stream stream, __m512i place, uint32_t after) {
     const __m512i each = _mm512_add_epi32(place, counting(after * FIRST, FIRST));
     const __m512i mixed = _mm512_xor_si512(each, _mm512_srli_epi32(each, 16));
     return _mm512_add_epi32(_mm512_mullo_epi32(mixed, all(SECOND)), all(stream.offset));
+}
+
+/* What to_bf16 has in its upper half before the shift; not for NaN. */
+WIDE __m512i nearest_bf16(__m512 x) {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(integers(x), 16), all(1));
+    return _mm512_add_epi32(_mm512_add_epi32(integers(x), all(0x7FFF)), odd);
+}
+
+WIDE __m512i bf16_of(struct pair x) {
+    return uppers((struct pair){floats(nearest_bf16(x.first)), floats(nearest_bf16(x.second))});
+}
+
+/* bf16 halves and signed remainders, whose highest bit is what the rounding of the half added, to the FP32 number.
+ * A half that is zero takes no negative remainder: it would lead across zero (see masters.py). */
+WIDE struct pair join_remainder(__m512i halves, __m512i remainders, int places) {
+    const __mmask32 zeros = _mm512_testn_epi16_mask(halves, all_halves(0x7FFF));
+    remainders = _mm512_mask_max_epi16(remainders, zeros, remainders, _mm512_setzero_si512());
+    const __m512i upper = _mm512_add_epi16(halves, _mm512_srai_epi16(remainders, 15));
+    return join(upper, places ? _mm512_slli_epi16(remainders, (unsigned)places) : remainders);
+}
+
+/* The separate master where its rounding is the parameter (a zero of either sign is zero), else the parameter. */
+WIDE struct pair agreed(__m512i halves, struct pair master) {
+    const __m512i rounded = bf16_of(master);
+    const __mmask32 zeros = _mm512_testn_epi16_mask(_mm512_or_si512(halves, rounded), all_halves(0x7FFF));
+    const __mmask32 same = _mm512_cmpeq_epi16_mask(halves, rounded) | zeros;
+    const struct pair near = join(halves, _mm512_setzero_si512());
+    return (struct pair){_mm512_mask_mov_ps(near.first, (__mmask16)same, master.first),
+                         _mm512_mask_mov_ps(near.second, (__mmask16)(same >> 16), master.second)};
+}
+
+/* masters.py's decode and encode for thirty-two FP32 or bf16 parameters; x holds no NaN. */
+WIDE struct pair load_master(const struct plan *plan, int64_t i, enum hs_format parameter, enum hs_format kept) {
+    if (parameter == HS_FP32) return load(plan->job.parameter, i, HS_FP32);
+    const __m512i halves = _mm512_loadu_si512((const uint16_t *)plan->job.parameter + i);
+    const char *beside = (const char *)plan->job.kept + i * size_of(kept);
+    if (kept == HS_INT8)
+        return join_remainder(halves, _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)beside)), 8);
+    if (kept == HS_INT16) return join_remainder(halves, _mm512_loadu_si512(beside), 0);
+    if (kept == HS_FP32) return agreed(halves, load(plan->job.kept, i, HS_FP32));
+    return join(halves, _mm512_setzero_si512());
+}
+
+WIDE void store_master(const struct plan *plan, int64_t i, struct pair x, enum hs_format parameter,
+                       enum hs_format kept, int dithered) {
+    if (parameter == HS_FP32) {
+        store_fp32(plan->job.parameter, i, x);
+        return;
+    }
+    uint16_t *half = (uint16_t *)plan->job.parameter + i;
+    char *beside = (char *)plan->job.kept + i * size_of(kept);
+    if (kept == HS_FP32) {
+        _mm512_storeu_si512(half, bf16_of(x));
+        store_fp32(plan->job.kept, i, x);
+        return;
+    }
+    if (dithered) {
+        const __m512i place = place_of(plan->weight_noise, i);
+        const int places = kept == HS_INT8 ? 24 : 16;
+        const __m512i first = _mm512_srli_epi32(wide_dither(plan->weight_noise, place, 0), places);
+        const __m512i second = _mm512_srli_epi32(wide_dither(plan->weight_noise, place, 16), places);
+        x.first = floats(_mm512_add_epi32(integers(x.first), first));
+        x.second = floats(_mm512_add_epi32(integers(x.second), second));
+    }
+    const __m512i upper = uppers(x);
+    if (kept == HS_ABSENT) {
+        _mm512_storeu_si512(half, upper);
+        return;
+    }
+    __m512i lower = lowers(x);
+    if (kept == HS_INT8 && !dithered) {
+        /* To the nearest 2^8, and from there the upper half to the nearest 2^16. */
+        const __mmask32 carry = _mm512_cmpge_epu16_mask(lower, all_halves(0x7F80));
+        _mm512_storeu_si512(half, _mm512_mask_add_epi16(upper, carry, upper, all_halves(1)));
+        lower = _mm512_add_epi16(lower, all_halves(0x80));
+    } else {
+        _mm512_storeu_si512(half, _mm512_sub_epi16(upper, _mm512_srai_epi16(lower, 15)));
+    }
+    if (kept == HS_INT16)
+        _mm512_storeu_si512(beside, lower);
+    else
+        _mm256_storeu_si256((__m256i *)beside, _mm512_cvtepi16_epi8(_mm512_srli_epi16(lower, 8)));
 }
 
 /* The scalars of a step of Adam. */

@@ -11,7 +11,8 @@
 
 /* One library for every x86-64 processor: the loader picks the widest version that this one runs. Elsewhere the
  * compiler's default is what every processor has (NEON on arm64). */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(HS_PORTABLE)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES

@@ -112,7 +112,8 @@ static void set_formats(struct plan *plan, const struct hs_job *job) {
 
 static void choose(struct plan *plan) {
     const hs_segment fused = hs_fused_adam(plan);
-    const hs_segment wide = fused ? hs_wide_adam(plan) : hs_wide_adam_8bit(plan);
+    hs_segment wide = hs_wide_adam(plan);
+    if (!wide) wide = hs_wide_adam_8bit(plan);
     plan->rare = fused ? fused : hs_segment_general;
     plan->segment = wide ? wide : plan->rare;
 }

@@ -1,0 +1,123 @@
+"""Parameters, gradients and states of any shape and sharding as `Job`s, kept from step to step.
+
+A model has hundreds of parameters, and each step asks for all their jobs: what does not change from one step to the
+next, which is all but the gradient, is kept, and looked at again each time, because others may have put new tensors, or
+new memory, in its place (a reset of the state, a load, a move to another device).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from halfstep.optim import masters, moments
+from halfstep.optim.layout import first_element, flat, is_dense, is_sharded, like, local
+from halfstep.optim.update import Job
+
+
+class _Known(NamedTuple):
+    """A job without its gradient, and what it was made from."""
+
+    parameter: Tensor  #: held, so that its id is no other's
+    address: int
+    states: tuple[tuple[str, bool], ...]
+    entries: tuple[tuple[str, Tensor, int], ...]  #: names in the state, tensors and addresses
+    contiguous: bool  #: and of this process alone: the common case, and the quick one
+    job: Job
+
+
+class Jobs:
+    """The jobs of one optimizer's parameters."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._known: dict[int, _Known] = {}
+
+    def forget(self, parameter: Tensor | None = None) -> None:
+        """Make this parameter's job anew, or all."""
+        if parameter is None:
+            self._known.clear()
+        else:
+            self._known.pop(id(parameter), None)
+
+    def job(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        state: dict[str, Any],
+        states: tuple[tuple[str, bool], ...],
+        kept_as: tuple[str, Any] | None,
+        ordinal: int,
+        copied: list[tuple[Tensor, Tensor]],
+    ) -> Job:
+        """The parameter's job with this gradient.
+
+        Args:
+            states: of its rule.
+            kept_as: `halfstep.optim.masters.extra` of it.
+            copied: gets the parameter and its copy, where the copy is stepped because the parameter's memory has gaps.
+        """
+        known = self._known.get(id(parameter))
+        if known is None or not _is_current(known, parameter, state, states):
+            known = self._new(parameter, state, states, kept_as, ordinal)
+            ours = local(parameter)
+            if is_dense(ours):
+                self._known[id(parameter)] = known
+            else:
+                copied.append((ours, known.job.parameter.view(ours.shape)))
+        if known.contiguous and gradient.is_contiguous():
+            theirs = gradient.view(-1)
+        else:
+            ours = local(parameter)
+            theirs = flat(like(local(gradient), ours if is_dense(ours) else ours.contiguous()))
+        return Job(known.job[0], theirs, *known.job[2:])
+
+    def _new(
+        self,
+        parameter: Tensor,
+        state: dict[str, Any],
+        states: tuple[tuple[str, bool], ...],
+        kept_as: tuple[str, Any] | None,
+        ordinal: int,
+    ) -> _Known:
+        ours = local(parameter)
+        dense = ours if is_dense(ours) else ours.contiguous()
+        names = [name for name, _ in states]
+        for name in [*names, *([kept_as[0]] if kept_as else [])]:
+            part = local(state[name])
+            if part.stride() != dense.stride() and not is_sharded(state[name]):
+                state[name] = moments.relaid(part, state.get(f"{name}_scale"), dense)
+        scales = [state.get(f"{name}_scale") for name in names]
+        job = Job(
+            parameter=flat(dense),
+            gradient=dense,
+            kept=flat(local(state[kept_as[0]])) if kept_as else None,
+            states=tuple(flat(local(state[name])) for name in names),
+            scales=tuple(None if scale is None else flat(local(scale)) for scale in scales),
+            step=state["step"],
+            row=moments.row_length(ours.shape),
+            seed=self.seed,
+            ordinal=ordinal,
+            first=first_element(parameter),
+            notes={},
+        )
+        present = ["step", *names, *(f"{name}_scale" for name in names), *masters.NAMES]
+        entries = tuple((n, state[n], local(state[n]).data_ptr()) for n in present if state.get(n) is not None)
+        contiguous = dense is ours and ours.is_contiguous() and not is_sharded(parameter)
+        return _Known(parameter, ours.data_ptr(), states, entries, contiguous, job)
+
+
+def _is_current(known: _Known, parameter: Tensor, state: dict[str, Any], states: tuple[tuple[str, bool], ...]) -> bool:
+    if known.states != states:
+        return False
+    if known.contiguous:
+        if parameter.data_ptr() != known.address or not parameter.is_contiguous():
+            return False
+        for name, tensor, address in known.entries:
+            if state.get(name) is not tensor or tensor.data_ptr() != address:
+                return False
+        return True
+    if local(parameter).data_ptr() != known.address or local(parameter).stride() != local(known.parameter).stride():
+        return False
+    return all(state.get(n) is tensor and local(tensor).data_ptr() == a for n, tensor, a in known.entries)
