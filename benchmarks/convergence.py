@@ -125,9 +125,9 @@ def finetuning(pretrain_steps: int, steps: int, lr: float, seeds: int, say: Call
     english, code = english_and_code()
     held_out = code[len(code) * 9 // 10 :]
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=256, n_positions=64, n_embd=128, n_layer=4, n_head=4)
-    config.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0})
-    model = GPT2LMHeadModel(config)
+    sizes = {"vocab_size": 256, "n_positions": 64, "n_embd": 128, "n_layer": 4, "n_head": 4}
+    options = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **options))
     _train(model, torch.optim.AdamW(model.parameters(), lr=1e-3), english, pretrain_steps, seed=0)
     say(f"pretrained: loss on held-out code {_loss(model, held_out):.4f}")
     start = _loss(model, held_out)
@@ -152,8 +152,8 @@ def finetuning(pretrain_steps: int, steps: int, lr: float, seeds: int, say: Call
         model.to(torch.bfloat16).save_pretrained(folder)
         for seed in range(seeds):
             for name in names:
-                options = {"dtype": torch.float32} if name.endswith("FP32") else {}
-                loaded = GPT2LMHeadModel.from_pretrained(folder, **options)
+                asked = {"dtype": torch.float32} if name.endswith("FP32") else {}
+                loaded = GPT2LMHeadModel.from_pretrained(folder, **asked)
                 rows[name]["dtype"] = str(loaded.dtype)
                 optimizer = make(name, loaded)
                 before = copy.deepcopy([p.detach() for p in loaded.parameters()])

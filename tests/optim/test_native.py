@@ -106,15 +106,40 @@ def test_values_that_are_not_numbers_and_values_at_the_ends(dtype: torch.dtype, 
 
 @needs_library
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
-def test_parameters_with_any_remainder_beside_them(state: Any) -> None:
-    """Also such as no encoding leaves: the parameter was written from outside."""
-    for dtype, (master, rounding) in itertools.product(DTYPES[1:], STORAGES[1:4] + STORAGES[-1:]):
-        job = make_job(RULES["adamw"], dtype, dtype, master, rounding, state, shape=(1 << 16,))
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_parameters_with_anything_beside_them(name: str, state: Any) -> None:
+    """Also what no encoding leaves: the parameter was written from outside."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, (master, rounding) in itertools.product(DTYPES[1:], STORAGES):
+        job = make_job(RULES[name], dtype, dtype, master, rounding, state, shape=(1 << 16,))
         job.parameter.view(torch.int16).copy_(torch.arange(-(1 << 15), 1 << 15))
-        assert job.kept is not None
-        bits = job.kept if job.kept.dtype in (torch.int8, torch.int16) else job.kept.view(torch.int16)
-        bits.copy_(torch.randint(-(1 << 15), 1 << 15, bits.shape).to(bits.dtype))
-        compare(job, RULES["adamw"], rounding, (dtype, master, rounding), steps=1)
+        if job.kept is None:
+            continue
+        if master == "fp32":
+            # Half of them round to the parameter; zeros of the other sign do as well.
+            job.kept.copy_(job.parameter).view(torch.int32).add_(
+                torch.randint(-(1 << 16), 1 << 16, job.kept.shape, generator=generator).int()
+            )
+            job.kept[job.parameter == 0] = -job.parameter[job.parameter == 0].float()
+        else:
+            bits = job.kept if job.kept.dtype in (torch.int8, torch.int16) else job.kept.view(torch.int16)
+            bits.copy_(torch.randint(-(1 << 15), 1 << 15, bits.shape, generator=generator).to(bits.dtype))
+            bits[job.parameter == 0] = torch.tensor([-3, 3]).to(bits.dtype)  # across zero, and not
+        compare(job, RULES[name], rounding, (dtype, master, rounding), steps=1)
+        job.parameter.neg_()
+        compare(job, RULES[name], rounding, (dtype, master, rounding, "negative"), steps=1)
+
+
+@needs_library
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_states_with_anything_in_them(state: Any) -> None:
+    values = torch.tensor([0.0, -0.0, 1.0, torch.inf, torch.nan, 1e-40, 3e38])
+    for name, dtype in itertools.product(RULES, DTYPES):
+        job = make_job(RULES[name], dtype, dtype, "exact", "nearest", state, shape=(len(values) ** 3,))
+        for part, column in zip(job.states, torch.cartesian_prod(values, values, values).unbind(1), strict=False):
+            part.copy_(column)
+        job.parameter.clamp_(-1, 1)
+        compare(job, RULES[name], "nearest", (name, dtype, state), steps=1)
 
 
 def eight_bit_cases() -> Iterator[tuple[Any, ...]]:

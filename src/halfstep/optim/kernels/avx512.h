@@ -132,10 +132,8 @@ WIDE __m512i bf16_of(struct pair x) {
 }
 
 /* bf16 halves and signed remainders, whose highest bit is what the rounding of the half added, to the FP32 number.
- * A half that is zero takes no negative remainder: it would lead across zero (see masters.py). */
+ * A negative remainder of a half that is zero (see masters.py) gives NaN, and so is left to the other loops. */
 WIDE struct pair join_remainder(__m512i halves, __m512i remainders, int places) {
-    const __mmask32 zeros = _mm512_testn_epi16_mask(halves, all_halves(0x7FFF));
-    remainders = _mm512_mask_max_epi16(remainders, zeros, remainders, _mm512_setzero_si512());
     const __m512i upper = _mm512_add_epi16(halves, _mm512_srai_epi16(remainders, 15));
     return join(upper, places ? _mm512_slli_epi16(remainders, (unsigned)places) : remainders);
 }
