@@ -1,6 +1,6 @@
 """Writes the measured block of ``docs/optimizers.md`` from the results of `optimizers` and `convergence`.
 
-    python benchmarks/optimizer_page.py
+python benchmarks/optimizer_page.py
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def _times(result: dict[str, Any]) -> list[str]:
         lines += [
             "",
             f"Unscaling, clipping and stepping together, exact masters against PyTorch's three passes (unscale, "
-            f"`clip_grad_norm_`, fused step on FP32): {', '.join(f'{w} ({t})' for w, t in zip(whole, threads, strict=True))}.",
+            "`clip_grad_norm_`, fused step on FP32): "
+            f"{', '.join(f'{w} ({t})' for w, t in zip(whole, threads, strict=True))}.",
         ]
     refusal = next((run["rows"][n]["unavailable"] for run in runs for n in run["rows"] if _refused(run, n)), None)
     if refusal:
@@ -105,8 +106,8 @@ def _finetuning(result: dict[str, Any]) -> list[str]:
     measured = result["finetuning"]
     lines = [
         f"**A bf16 checkpoint, loaded the default way.** A small GPT-2 of Transformers, trained in FP32 on English for "
-        f"{measured['pretrain_steps']} steps, saved in bf16 and fine-tuned on Python code for {measured['steps']} steps "
-        f"at a learning rate of {measured['lr']:g}. Held-out loss, {measured['loss_before']:.3f} before (mean of "
+        f"{measured['pretrain_steps']} steps, saved in bf16 and fine-tuned on Python code for {measured['steps']} "
+        f"steps at a learning rate of {measured['lr']:g}. Held-out loss, {measured['loss_before']:.3f} before (mean of "
         f"{len(next(iter(measured['rows'].values()))['losses'])} seeds), and the share of weights or masters that had "
         "moved after 5 steps:",
         "",

@@ -405,3 +405,64 @@ def test_weights_loaded_later_win_over_masters(
     optimizer.step()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert ((p.float() - q.float()).abs() <= spacing(q.float(), dtype)).all()
+
+
+@pytest.mark.parametrize("master", ["fp32", "exact", "24bit", "none"])
+def test_a_model_that_changes_its_format_goes_on_and_its_checkpoint_is_of_what_it_is(master: Any) -> None:
+    """FP32, then bf16, then FP32 again: each step is taken, and no master of an earlier format comes back."""
+    model = torch.nn.Linear(64, 64)
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2, master=master, backend="eager")
+
+    def step(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+    step(0)
+    model.bfloat16()
+    step(1)
+    model.float()
+    before = model.weight.detach().clone()
+    again = torch.nn.Linear(64, 64)
+    again.load_state_dict(model.state_dict())
+    other = optim.AdamW(again.parameters(), lr=1e-2, master=master, backend="eager")
+    other.load_state_dict(optimizer.state_dict())  # before a step in FP32: what the cast lost is still known
+    assert ((again.weight.detach() - before).abs() <= before.abs() * 2.0**-8).all()
+    step(2)
+    step(3)
+    assert not {"master", "remainder"} & optimizer.state[model.weight].keys()
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(again.weight, model.weight)
+
+
+def test_an_fp32_parameter_that_moved_on_keeps_its_value_whatever_old_master_is_saved_with_it() -> None:
+    model = torch.nn.Linear(64, 64)
+    optimizer = optim.AdamW(model.parameters(), backend="eager")
+    state = optimizer.state_dict()
+    state["state"][0] = {
+        "step": torch.tensor(3.0),
+        "exp_avg": torch.zeros(64, 64),
+        "exp_avg_sq": torch.zeros(64, 64),
+        "master": torch.zeros(64, 64),
+    }
+    before = model.weight.detach().clone()
+    optimizer.load_state_dict(state)
+    assert torch.equal(model.weight, before)
+
+
+def test_a_state_of_another_optimizer_is_refused() -> None:
+    """Zeros for what is missing, beside the count of its steps, would make the next update far too large."""
+    weight = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
+    lion = optim.Lion([weight], backend="eager")
+    weight.grad = torch.ones_like(weight)
+    lion.step()
+    adam = optim.AdamW([weight], backend="eager")
+    with pytest.raises(ValueError, match="has no exp_avg_sq: it is of another optimizer than Adam"):
+        adam.load_state_dict(lion.state_dict())
+    with pytest.raises(ValueError, match="not the state of an optimizer"):
+        adam.load_state_dict({})
+    assert not adam.state[weight]
+    with pytest.raises(ValueError, match="max_norm must be a positive number, or inf for no clipping, not -1"):
+        adam.clipped_step(-1)

@@ -296,13 +296,13 @@ def test_sparse_gradients_are_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "options", "match"),
     [
-        (optim.AdamW, {"lr": -1.0}, "lr must not be negative, not -1"),
+        (optim.AdamW, {"lr": -1.0}, "lr must be at least 0, not -1"),
         (optim.AdamW, {"lr": torch.ones(2)}, r"lr as a tensor must have one element, not \(2,\)"),
-        (optim.AdamW, {"eps": -1e-8}, "eps must not be negative"),
-        (optim.AdamW, {"weight_decay": float("nan")}, "weight_decay must not be negative, not nan"),
+        (optim.AdamW, {"eps": -1e-8}, "eps must be at least 0"),
+        (optim.AdamW, {"weight_decay": float("nan")}, "weight_decay must be at least 0, not nan"),
         (optim.AdamW, {"betas": (0.9, 1.0)}, r"betas\[1\] must be at least 0 and less than 1, not 1"),
         (optim.Lion, {"betas": (-0.1, 0.9)}, r"betas\[0\]"),
-        (optim.SGD, {"momentum": -0.5}, "momentum must not be negative"),
+        (optim.SGD, {"momentum": -0.5}, "momentum must be at least 0"),
         (optim.SGD, {"nesterov": True}, "Nesterov momentum needs momentum > 0 and dampening 0, not 0 and 0"),
         (optim.AdamW, {"master": "fp16"}, "master must be one of 'fp32', 'exact', '24bit', 'none', not 'fp16'"),
         (optim.AdamW, {"state": "4bit"}, "state must be one of 'fp32', 'bf16', '8bit', not '4bit'"),

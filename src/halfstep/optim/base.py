@@ -137,6 +137,8 @@ class MasterOptimizer(Optimizer):
                 "clipped_step() comes too late with release_gradients=True: the backward pass has stepped the "
                 "parameters. Set optimizer.release.max_grad_norm before it, and call step()"
             )
+        if not (isinstance(max_norm, int | float) and max_norm > 0):
+            raise ValueError(f"max_norm must be a positive number, or inf for no clipping, not {max_norm!r}")
         survey = self.survey()
         with self.scaled(clip_coefficient(survey, max_norm, inverse_scale), survey.found_inf if skip else None):
             self.step()
@@ -272,6 +274,8 @@ class MasterOptimizer(Optimizer):
         if "step" not in state or (states and states[-1][0] not in state):
             state.update({**self.new_state(parameter, group, rule), **state})  # no step yet, or momentum only since now
         kept_as = masters.extra(group["master"], _rounding(group), parameter.dtype)
+        if kept_as is not None and kept_as[0] not in state:  # the parameter was FP32 when it was stepped before
+            state[kept_as[0]] = self.new_state(parameter, group, rule)[kept_as[0]]
         return self._jobs.job(parameter, gradient, state, states, kept_as, self._ordinal(parameter), copied)
 
     def _backend(self, device: torch.device) -> Backend:

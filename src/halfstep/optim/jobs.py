@@ -84,6 +84,9 @@ class Jobs:
         ours = local(parameter)
         dense = ours if is_dense(ours) else ours.contiguous()
         names = [name for name, _ in states]
+        for name in masters.NAMES:  # of a parameter that has another format since
+            if name in state and (kept_as is None or kept_as[0] != name):
+                del state[name]
         for name in [*names, *([kept_as[0]] if kept_as else [])]:
             part = local(state[name])
             if part.stride() != dense.stride() and not is_sharded(state[name]):

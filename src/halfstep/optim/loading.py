@@ -18,6 +18,7 @@ from torch import Tensor
 
 from halfstep.optim import dither, masters, moments
 from halfstep.optim.layout import first_element, flat, is_dense, is_sharded, like, local
+from halfstep.optim.rules import SGD, Lion, Rule
 
 if TYPE_CHECKING:
     from halfstep.optim.base import MasterOptimizer
@@ -32,6 +33,10 @@ def load_state(optimizer: MasterOptimizer, state_dict: dict[str, Any]) -> None:
     state_dict = dict(state_dict)
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = hook(optimizer, state_dict) or state_dict
+    if not isinstance(state_dict.get("param_groups"), list) or not isinstance(state_dict.get("state"), dict):
+        raise ValueError(
+            f"not the state of an optimizer: it has {sorted(map(str, state_dict))}, not param_groups and state"
+        )
     groups, saved_groups = optimizer.param_groups, copy.deepcopy(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
         raise ValueError(f"the state has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")
@@ -50,7 +55,9 @@ def load_state(optimizer: MasterOptimizer, state_dict: dict[str, Any]) -> None:
     matched = dict(zip(saved_ids, owners, strict=True))
     known = {key: value for key, value in state_dict["state"].items() if key in matched}
     for key, saved in known.items():
-        _check_shapes(key, matched[key][1], saved)
+        group, parameter = matched[key]
+        _check_shapes(key, parameter, saved)
+        _check_complete(key, optimizer.rule(group), saved)
     others = {key: value for key, value in state_dict["state"].items() if key not in matched}
     state: defaultdict[Any, Any] = defaultdict(dict, others)
     for key, saved in known.items():
@@ -59,6 +66,18 @@ def load_state(optimizer: MasterOptimizer, state_dict: dict[str, Any]) -> None:
     optimizer.__setstate__({"state": state, "param_groups": merged})
     for after in optimizer._optimizer_load_state_dict_post_hooks.values():
         after(optimizer)
+
+
+def _check_complete(key: Any, rule: Rule, saved: dict[str, Any]) -> None:
+    """Zeros in the place of what is missing, beside a count of many steps, would make for a huge update."""
+    if not saved or isinstance(rule, SGD):  # whose momentum begins with the first gradient after
+        return
+    missing = [name for name in ("step", *(name for name, _ in rule.states)) if saved.get(name) is None]
+    if missing and not (missing == ["step"] and isinstance(rule, Lion)):  # Lions elsewhere do not count
+        raise ValueError(
+            f"the state of parameter {key} has no {' and no '.join(missing)}: it is of another optimizer than "
+            f"{type(rule).__name__} (it has {', '.join(map(str, saved))})"
+        )
 
 
 def _check_shapes(key: Any, parameter: Tensor, saved: dict[str, Any]) -> None:
@@ -94,7 +113,7 @@ def _converted(
 
 def _step(saved: dict[str, Any], names: list[str]) -> float:
     """Steps taken so far; torch's SGD does not count them, but has a momentum buffer after the first."""
-    if "step" in saved:
+    if "step" in saved and all(isinstance(saved.get(name), Tensor) for name in names):
         return float(saved["step"])
     return 1.0 if any(isinstance(saved.get(name), Tensor) for name in names) else 0.0
 
@@ -139,20 +158,31 @@ def _take_master(parameter: Tensor, state: dict[str, Any], saved: dict[str, Any]
     given = saved[given_name]
     kept = next((state[name] for name in names if name in state), None)
     if kept is not None and kept.dtype is given.dtype:
-        kept.copy_(given)
-        if given_name != "master":
-            return  # the remainder belongs to the parameter that was saved with it
-        x = local(given).to(local(parameter).device)
-    elif given_name == "master":
-        x = local(given).to(local(parameter).device)
-    else:
-        x = _joined(parameter, given)
+        kept.copy_(given)  # and belongs to the parameter that was saved with it
+        return
+    if parameter.dtype is torch.float32:
+        _recover(parameter, given)
+        return
+    x = local(given).to(local(parameter).device) if given_name == "master" else _joined(parameter, given)
     ours = local(parameter.detach())
     dense = ours if is_dense(ours) else ours.contiguous()
     ours_kept = None if kept is None else flat(local(kept))
     masters.encode(flat(like(x.float(), dense)).clone(), flat(dense), ours_kept)
     if dense is not ours:
         ours.copy_(dense)
+
+
+def _recover(parameter: Tensor, given: Tensor) -> None:
+    """What an FP32 parameter lost when it was 16-bit, where it still has that value."""
+    ours = local(parameter.detach())
+    if given.dtype is torch.float32:
+        x = local(given).to(ours.device)
+        roundings = [x.to(low).float() for low in (torch.bfloat16, torch.float16)]
+        same = (ours == roundings[0]) | (ours == roundings[1])
+    else:
+        low = given.dtype if given.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        x, same = _joined(parameter, given), ours.to(low).float() == ours
+    ours.copy_(torch.where(same, x, ours))
 
 
 def _joined(parameter: Tensor, given: Tensor) -> Tensor:

@@ -22,8 +22,10 @@ def check_not_negative(**options: float | Tensor) -> None:
     for name, value in options.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{name} as a tensor must have one element, not {tuple(value.shape)}")
+        if not isinstance(value, int | float | Tensor):
+            raise TypeError(f"{name} must be a number, not {value!r}")
         if not value >= 0:
-            raise ValueError(f"{name} must not be negative, not {float(value):g}")
+            raise ValueError(f"{name} must be at least 0, not {float(value):g}")
 
 
 def check_betas(betas: tuple[float | Tensor, float | Tensor]) -> tuple[float, float]:
@@ -32,6 +34,8 @@ def check_betas(betas: tuple[float | Tensor, float | Tensor]) -> tuple[float, fl
     Raises:
         ValueError: one is out of range.
     """
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, as in (0.9, 0.999), not {betas!r}")
     first, second = (float(beta) for beta in betas)
     for index, beta in enumerate((first, second)):
         if not 0 <= beta < 1:

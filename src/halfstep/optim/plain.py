@@ -38,8 +38,14 @@ def export_fp32(model: nn.Module, optimizer: MasterOptimizer) -> tuple[dict[str,
         PyTorch's optimizer of the same name, its parameters in the order of ``optimizer``.
 
     Raises:
+        TypeError: ``optimizer`` is not one of `halfstep.optim`.
         ValueError: parameters are sharded over ranks: gather them first (``torch.distributed.checkpoint``).
     """
+    if not isinstance(optimizer, MasterOptimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} is none of halfstep.optim's optimizers: its own state is plain already, and "
+            "MasterWeights gives each FP32 master by of(parameter)"
+        )
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     master_of: dict[int, Tensor] = {}
     weights: dict[str, Tensor] = {}

@@ -175,7 +175,7 @@ def _half_gradient(name: str, parameter: Tensor, surveying: bool) -> str:
     if surveying:
         return found + (
             "This optimizer divides in float32, while it steps: leave unscale_() out, and clip with "
-            "MixedPrecision.step(max_grad_norm=...)"
+            "MixedPrecision.step(max_grad_norm=...), or optimizer.clipped_step(max_norm, inverse_scale=...)"
         )
     return found + (
         "Either load the model in float32 and let "
