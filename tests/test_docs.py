@@ -82,3 +82,13 @@ def test_numbers_in_the_readme_are_those_of_the_results_file() -> None:
     slower = json.loads(benchmark.RESULTS.read_text())
     slower["comparison"]["policies"][1]["speed"]["median_seconds"] *= 2
     assert benchmark.render(readme, slower) != readme
+
+
+def test_numbers_of_the_optimizers_page_are_those_of_the_results_files() -> None:
+    place = ROOT / "benchmarks" / "optimizer_page.py"
+    specification = importlib.util.spec_from_file_location("optimizer_page", place)
+    assert specification is not None and specification.loader is not None
+    page = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(page)
+    text = page.PAGE.read_text()
+    assert page.render(text, *page.load()) == text
