@@ -108,8 +108,8 @@ def _finetuning(result: dict[str, Any]) -> list[str]:
     lines = [
         f"**A bf16 checkpoint, loaded the default way.** A small GPT-2 of Transformers, trained in FP32 on English for "
         f"{measured['pretrain_steps']} steps, saved in bf16 and fine-tuned on Python code for {measured['steps']} "
-        f"steps at a learning rate of {measured['lr']:g}. Held-out loss, {measured['loss_before']:.3f} before ({count} seed"
-        f"{'' if count == 1 else 's'}), and the share of weights or masters that had moved after 5 steps:",
+        f"steps at a learning rate of {measured['lr']:g}. Held-out loss, {measured['loss_before']:.3f} before "
+        f"({count} seed{'' if count == 1 else 's'}), and the share of weights or masters that had moved after 5 steps:",
         "",
         "| optimizer | loss | moved |",
         "|---|---|---|",
