@@ -50,7 +50,7 @@ from halfstep.autocast import LOW_PRECISION, autocast, float32_precision, keep_f
 from halfstep.autocast.explanation import Explanation, explain
 from halfstep.optim import MasterOptimizer, MasterWeights
 from halfstep.optim.release import GradientRelease
-from halfstep.optim.surveying import clip_coefficient
+from halfstep.optim.surveying import gradient_coefficient
 from halfstep.policy import Policy, resolve
 from halfstep.scale import GradScaler
 
@@ -213,7 +213,7 @@ class MixedPrecision:
             inverse, found_inf = unscaling.inverse.to(device, non_blocking=True), unscaling.found_inf
         coefficient, norm = inverse, []
         if max_grad_norm is not None:
-            coefficient = clip_coefficient(survey, max_grad_norm, inverse)
+            coefficient = gradient_coefficient(survey, max_grad_norm, inverse)
             norm = [survey.sum_of_squares.sqrt() * inverse]
         names = [self._name(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         with optimizer.scaled(coefficient, found_inf):

@@ -367,10 +367,3 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
     assert "was built from other sources" in str(native._open(path))
     assert "does not load" in str(native._open(path.with_name("update.py")))
-
-
-@needs_library
-def test_advice_on_pages_leaves_values_alone() -> None:
-    tensor = torch.arange(3_000_000)
-    native.advise(tensor)
-    assert torch.equal(tensor, torch.arange(3_000_000))

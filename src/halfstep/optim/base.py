@@ -32,12 +32,13 @@ from halfstep.optim.layout import (
     shards_first_dimension,
 )
 from halfstep.optim.loading import load_state
+from halfstep.optim.master_gradients import inverse
 from halfstep.optim.masters import Master, Rounding
 from halfstep.optim.moments import State
 from halfstep.optim.options import check_storage
 from halfstep.optim.release import GradientRelease
 from halfstep.optim.rules import Rule
-from halfstep.optim.surveying import clip_coefficient, survey_of
+from halfstep.optim.surveying import gradient_coefficient, survey_of
 from halfstep.optim.update import Backend, Job, Survey
 
 
@@ -102,7 +103,7 @@ class MasterOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        coefficient = None if scale is None else scale.double().reciprocal().float()
+        coefficient = None if scale is None else inverse(scale)
         if self.release is not None:
             self.release.finish()
             return loss
@@ -140,7 +141,7 @@ class MasterOptimizer(Optimizer):
         if not (isinstance(max_norm, int | float) and max_norm > 0):
             raise ValueError(f"max_norm must be a positive number, or inf for no clipping, not {max_norm!r}")
         survey = self.survey()
-        with self.scaled(clip_coefficient(survey, max_norm, inverse_scale), survey.found_inf if skip else None):
+        with self.scaled(gradient_coefficient(survey, max_norm, inverse_scale), survey.found_inf if skip else None):
             self.step()
         return survey
 

@@ -23,6 +23,7 @@ from halfstep.optim.rules import SGD, Lion, Rule
 if TYPE_CHECKING:
     from halfstep.optim.base import MasterOptimizer
 
+#: Entries of a parameter group that say how numbers are stored; PyTorch's optimizers do not know them.
 STORAGE = ("master", "state", "rounding")
 CODES = (torch.int8, torch.uint8)
 

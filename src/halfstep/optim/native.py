@@ -89,12 +89,6 @@ def survey(gradients: Sequence[Tensor]) -> Survey:
     return Survey(total, (~amax.isfinite()).any().float(), amax)
 
 
-def advise(tensor: Tensor) -> bool:
-    """Ask for huge pages behind a tensor that was just allocated and not yet written; whether the system agreed."""
-    storage = tensor.untyped_storage()
-    return bool(_loaded().hs_advise(storage.data_ptr(), storage.nbytes()) == 0)
-
-
 def _table(jobs: Sequence[Job]) -> array[int]:
     """``struct hs_job`` for each job. Written for speed: a model has hundreds of parameters, and they wait for this."""
     table = array("q")
@@ -212,5 +206,4 @@ def _open(path: Path) -> ctypes.CDLL | str:
     address, integer = ctypes.c_void_p, ctypes.c_int64
     library.hs_update.argtypes = [address, integer, ctypes.POINTER(_Rule), address, address, ctypes.c_int32]
     library.hs_survey.argtypes = [address, integer, address, address, ctypes.c_int32]
-    library.hs_advise.argtypes = [address, integer]
     return library

@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from halfstep.optim import moments
 from halfstep.optim.base import MasterOptimizer
 from halfstep.optim.layout import flat, is_dense, local
-
-#: Entries of a parameter group that PyTorch's optimizers do not know.
-_OURS = ("master", "state", "rounding")
+from halfstep.optim.loading import STORAGE
 
 
 @torch.no_grad()
@@ -106,7 +104,7 @@ def _plain_state(optimizer: MasterOptimizer) -> dict[str, Any]:
             for name, _ in rule.states:
                 plain[name] = _decoded(held[name], held.get(f"{name}_scale"), parameter)
             states[index] = plain
-    groups = [{k: v for k, v in group.items() if k not in _OURS} for group in packed["param_groups"]]
+    groups = [{k: v for k, v in group.items() if k not in STORAGE} for group in packed["param_groups"]]
     return {"state": states, "param_groups": groups}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from halfstep.optim import backends
 from halfstep.optim.backends import BackendName
 from halfstep.optim.layout import flat, is_dense, is_sharded, local
+from halfstep.optim.master_gradients import clip_coefficient
 from halfstep.optim.update import Survey
 
 
@@ -52,10 +53,10 @@ def survey_of(gradients: Sequence[Tensor], backend: BackendName = "auto") -> Sur
     return Survey(total, (~amax.isfinite()).any().float(), amax)
 
 
-def clip_coefficient(survey: Survey, max_norm: float, inverse_scale: Tensor | float) -> Tensor:
+def gradient_coefficient(survey: Survey, max_norm: float, inverse_scale: Tensor | float) -> Tensor:
     """What gradients are multiplied by: the inverse scale, times what `torch.nn.utils.clip_grad_norm_` would."""
     norm = survey.sum_of_squares.sqrt() * inverse_scale
-    return ((max_norm / (norm + 1e-6)).clamp(max=1.0) * inverse_scale).float()
+    return (clip_coefficient(norm, max_norm) * inverse_scale).float()
 
 
 def _alike(gradients: Sequence[Tensor]) -> dict[Any, list[int]]:

@@ -87,7 +87,4 @@ HS_EXPORT int32_t hs_update(const struct hs_job *jobs, int64_t count, const stru
 HS_EXPORT int32_t hs_survey(const struct hs_gradient *gradients, int64_t count, double *sum_of_squares, float *amax,
                             int32_t threads);
 
-/* Ask for huge pages; 0 where the system took the advice. */
-HS_EXPORT int32_t hs_advise(void *data, int64_t bytes);
-
 #endif
