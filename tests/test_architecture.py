@@ -27,17 +27,18 @@ ALLOWED: dict[str, set[str]] = {
     "autocast": BASE,
     "scale": BASE | {"autocast"},
     "optim": BASE | {"autocast"},
-    "engine": STEP,
     "checkpoint": set(),
     "record": set(),
-    "observe": STEP | {"engine", "record"},
+    "observe": BASE | {"autocast", "record"},
+    "engine": STEP | {"observe", "checkpoint", "record"},
+    "doctor": STEP | {"observe", "checkpoint", "record", "engine"},
     "compare": BASE | {"record", "observe"},
-    "report": BASE | {"record", "compare"},
-    "launch": STEP | {"engine", "record", "observe"},
-    "cli": STEP | {"engine", "record", "observe", "compare", "report", "launch"},
+    "report": BASE | {"record", "observe", "compare", "doctor"},
+    "launch": STEP | {"engine", "record", "observe", "doctor"},
+    "cli": STEP | {"engine", "record", "observe", "compare", "doctor", "report", "launch"},
     "workloads": set(),
     "__main__": {"cli"},
-    "__init__": STEP | {"engine", "checkpoint", "observe", "record", "compare"},
+    "__init__": STEP | {"engine", "checkpoint", "observe", "record", "doctor", "compare"},
 }
 #: Single modules that may import more than their part.
 EXCEPTIONS = {"cli.demo": {"workloads"}}
@@ -117,6 +118,9 @@ def test_the_order_has_no_cycle() -> None:
         ("compare/__init__.py", "from ..cli import main", "cli"),
         ("report/html.py", "from halfstep.cli import main", "cli"),
         ("launch/run.py", "from halfstep.compare import compare", "compare"),
+        ("compare/verdict.py", "from halfstep.doctor import examine", "doctor"),
+        ("doctor/lint.py", "from halfstep.launch import run", "launch"),
+        ("engine.py", "from halfstep.doctor import replay", "doctor"),
         ("launch/run.py", "import halfstep.cli.run", "cli"),
         ("cli/run.py", "import halfstep.workloads", "workloads"),
         ("workloads/gpt.py", "from halfstep import MixedPrecision", "MixedPrecision"),
@@ -153,8 +157,9 @@ def test_every_module_says_what_it_is_and_is_read_in_one_sitting(path: Path) -> 
     assert len(text.splitlines()) <= 400
 
 
-def test_import_loads_no_plotting_and_no_command_line() -> None:
-    heavy = {"matplotlib", "scipy", "jinja2", "rich", "typer", "sklearn", "pandas"}
+def test_import_loads_no_plotting_no_compiler_and_no_command_line() -> None:
+    # sympy comes with torch's compiler, which takes as long to import as torch itself.
+    heavy = {"matplotlib", "scipy", "jinja2", "rich", "typer", "sklearn", "pandas", "sympy"}
     program = f"import sys, halfstep; print(*sorted({heavy!r} & {{name.partition('.')[0] for name in sys.modules}}))"
     command = [sys.executable, "-W", "error", "-c", program]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}

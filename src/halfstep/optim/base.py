@@ -91,7 +91,8 @@ class MasterOptimizer(Optimizer):
     def rule(self, group: dict[str, Any]) -> Rule:
         """The update rule of a parameter group with its present hyperparameters."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    # As PyTorch's optimizers do it: torch.compiler.disable would import the compiler, which takes as long as torch.
+    @torch._disable_dynamo  # type: ignore[untyped-decorator,no-untyped-call,attr-defined,unused-ignore]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient; returns the closure's value.
 

@@ -1,4 +1,4 @@
-"""What is measured of real steps: live tensor bytes at the peak, gradient norms, process memory.
+"""Memory of real steps: live tensor bytes at the peak, and the memory of this process.
 
 `PeakMemory` counts the bytes of every live tensor storage through one training step and says what they were at the
 moment when most were alive. It sees storages that ops hand back; workspaces that a kernel allocates and frees inside
@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import psutil
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -114,17 +113,6 @@ class PeakMemory(TorchDispatchMode):
     def _free(self, key: int, number: int) -> None:
         if self._number.pop(key, None) is not None:
             self._events.append((-(number + 1), None))
-
-
-def gradient_norm(parameters: Iterable[Tensor]) -> float | None:
-    """2-norm of all gradients together, in FP32; None without gradients."""
-    gradients = [p.grad.detach() for p in parameters if p.grad is not None]
-    gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    if not gradients:
-        return None
-    gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
-    gradients = [g.float() if g.dtype in (torch.float16, torch.bfloat16) else g for g in gradients]
-    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def resident_bytes() -> int:

@@ -1,0 +1,79 @@
+"""Which tensors of an FP32 run would be 16-bit: one tag per storage, by the rules of `halfstep.observe.lowering`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _get_sequence_nr
+from torch.utils._pytree import tree_leaves
+
+from halfstep.observe.lowering import only_first, promoted, would_be_low
+from halfstep.observe.place import Phase
+from halfstep.policy import Policy
+
+
+class LowTags:
+    """The tags of one run's tensors, and `would_be_low` asked with them for one op after another.
+
+    A tag belongs to a storage: views and what autograd unpacks share it, and an address used again belongs to a new
+    result, which is tagged anew. A gradient's format is its forward tensor's; the sequence number of the node that runs
+    says which forward op that was.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._low: dict[int, bool] = {}
+        self._forward: dict[int, bool] = {}  # by sequence number, as `would_be_low` takes it
+
+    def see(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any, phase: Phase) -> bool:
+        """Tag the results of an op that has run, inside ``__torch_dispatch__``; whether they would be low."""
+        inputs, outputs = _floating((args, kwargs)), _floating(result)
+        if not outputs:
+            return False
+        inputs_low = [self._low.get(_key(x), False) for x in inputs]
+        dims = [x.dim() for x in inputs]
+        device_type = outputs[0].device.type
+        forward = self._forward.get(_node_number()) if phase == "backward" else None
+        low = would_be_low(
+            func,
+            inputs_low,
+            self.policy,
+            phase=phase,
+            dims=dims,
+            dtype=kwargs.get("dtype"),
+            device_type=device_type,
+            forward_low=forward,
+        )
+        if phase == "forward" and torch.is_grad_enabled():
+            self._forward.setdefault(_next_node_number() - 1, low or promoted(inputs_low, dims))
+        for output in outputs[: 1 if only_first(func) else None]:
+            self._low[_key(output)] = low
+        return low
+
+    def is_low(self, tensor: Tensor) -> bool:
+        """The tag of a tensor; what no op has made is not low."""
+        return self._low.get(_key(tensor), False)
+
+
+def _floating(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _key(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage
+        return id(tensor)
+
+
+def _next_node_number() -> int:
+    return int(_get_sequence_nr())
+
+
+def _node_number() -> int:
+    """Of the node that runs; -1, which no node has, outside of the engine and in nodes written in Python."""
+    number = getattr(torch._C._current_autograd_node(), "_sequence_nr", None)
+    return -1 if number is None else int(number())
