@@ -1,5 +1,6 @@
 """halfstep: mixed-precision training of PyTorch models: automatic, measured, explained."""
 
+from halfstep import doctor
 from halfstep.autocast import autocast, cast_inputs, keep_fp32, recomputation
 from halfstep.checkpoint import CheckpointError, load, save
 from halfstep.engine import MixedPrecision, StepResult
@@ -28,6 +29,7 @@ __all__ = [
     "cast_inputs",
     "choose",
     "detect",
+    "doctor",
     "keep_fp32",
     "load",
     "parse_policy",

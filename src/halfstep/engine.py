@@ -38,6 +38,8 @@ checkpoints go on using it, and its state dict; `MixedPrecision.state_dict` hold
 from __future__ import annotations
 
 import contextlib
+import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +50,8 @@ from torch import Tensor, nn
 from halfstep import hardware
 from halfstep.autocast import LOW_PRECISION, autocast, float32_precision, keep_fp32, recomputation, store_parameters
 from halfstep.autocast.explanation import Explanation, explain
+from halfstep.checkpoint import save
+from halfstep.observe.bad_steps import BadStepWatch
 from halfstep.optim import MasterOptimizer, MasterWeights
 from halfstep.optim.release import GradientRelease
 from halfstep.optim.surveying import gradient_coefficient
@@ -151,6 +155,7 @@ class MixedPrecision:
         if isinstance(optimizer, MasterOptimizer) and optimizer.release is not None and self.scaler.is_enabled():
             optimizer.release.scale_with(self.scaler)
         self._names: dict[Tensor, str] = {}
+        self._watch: weakref.ref[BadStepWatch] | None = None
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -166,6 +171,8 @@ class MixedPrecision:
         Args:
             kwargs: ``retain_graph``, ``create_graph``, ``inputs``, as in `torch.Tensor.backward`.
         """
+        if (watch := self._watched_by()) is not None:
+            watch.note_loss(loss)
         with float32_precision(self.policy), recomputation(self.policy, self.device_type):
             self.scaler.scale(loss).backward(**kwargs)
 
@@ -188,12 +195,20 @@ class MixedPrecision:
             release is None or not release.arrived
         ):
             raise RuntimeError("step() found no gradients: call backward(loss) first, on a loss of this model")
-        if release is not None:
+        watch = self._watched_by()
+        held_back = False
+        if watch is not None and not self.scaler.is_enabled():  # a scaler looks itself
+            held_back = watch.holds_back(already_stepped=release is not None)
+        if held_back:
+            result = StepResult(applied=False, scale=None, grad_norm=None)
+        elif release is not None:
             result = self._after_release(release, max_grad_norm)
         elif isinstance(optimizer, MasterOptimizer):
             result = self._two_passes(optimizer, max_grad_norm)
         else:
             result = self._many_passes(max_grad_norm)
+        if watch is not None:
+            watch.stepped(applied=result.applied, scale=result.scale)
         if zero_grad:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
@@ -267,6 +282,36 @@ class MixedPrecision:
                 self.model(*batch, **kwargs)
 
         return explain(self.model, run, str(self.policy))
+
+    def watch(
+        self, folder: str | os.PathLike[str] = "halfstep-watch", *, every: int = 1, keep: int = 3
+    ) -> BadStepWatch:
+        """Watch for bad steps, and save the first ones so that they can be run again, bit for bit::
+
+            with mp.watch() as watch:
+                for x, y in watch(loader):
+                    ...                         # the loop as it was
+
+        A step is bad if its loss or a gradient is not finite; while a loss scaler looks for its scale, if the loss is
+        not. What is needed to replay it goes to a file that `halfstep.doctor.replay` reads, and one warning says
+        where it is. Where the policy does not scale the loss, a step whose gradients are not finite is not taken:
+        ``StepResult.applied`` is False. A full disk or a strange batch ends the watch with a warning, never the run.
+
+        Under several processes open it on all of them.
+
+        Args:
+            folder: made if it is not there. Nothing in it is ever overwritten.
+            every: watch every so many steps only.
+            keep: save this many bad steps at most.
+        """
+        if (watch := self._watched_by()) is not None:
+            watch.close()
+        watch = BadStepWatch(self, save, folder, every=every, keep=keep)
+        self._watch = weakref.ref(watch)
+        return watch
+
+    def _watched_by(self) -> BadStepWatch | None:
+        return None if self._watch is None else self._watch()
 
     def state_dict(self) -> dict[str, Any]:
         """Policy, optimizer with masters, and loss scale: tensors and plain values, for ``torch.save``."""
