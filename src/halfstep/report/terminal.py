@@ -6,6 +6,8 @@ records cannot change the looks, and rich leaves colours out when the output is 
 
 from __future__ import annotations
 
+import unicodedata
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -44,7 +46,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     for result in comparison.policies:
         remarks += [(f"{result.policy}, {what}", why, "cyan") for what, why in wording.unsaid(result, comparison)]
     for who, what, style in remarks:
-        remark = Text.assemble((f"{who}: ", style), _harmless(what))
+        remark = Text.assemble((f"{who}: ", style), harmless(what))
         console.print(remark, width=width, overflow="fold")
     if remarks:
         console.print()
@@ -52,7 +54,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         if place:
             console.print()
         style = "bold yellow" if comparison.findings else "bold"
-        text = Text.assemble(*((_harmless(part), style if is_main else "") for part, is_main in sentence))
+        text = Text.assemble(*((harmless(part), style if is_main else "") for part, is_main in sentence))
         console.print(text, width=width, overflow="fold")
 
 
@@ -112,9 +114,13 @@ def _no_quality(several: bool) -> tuple[Text, Text, Text]:
     return (Text(),) * 3 if several else (_cell("–"), _cell("–"), _cell("–"))
 
 
-def _harmless(text: str) -> str:
-    """An error message may carry terminal codes of the program that wrote it, or bytes that are no text."""
-    return text.replace("\x1b", "").encode("utf-8", errors="replace").decode()
+def harmless(text: str) -> str:
+    """``text`` without the control characters that command a terminal (C1's one-byte codes too), as valid Unicode.
+
+    Names, paths and error messages may carry terminal codes, or bytes that are no text.
+    """
+    kept = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    return kept.encode("utf-8", errors="replace").decode()
 
 
 def _cell(above: str, below: str = "", style: str = "", style_below: str = "dim") -> Text:

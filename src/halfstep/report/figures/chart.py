@@ -105,3 +105,24 @@ def step_axis(axes: Axes, last: float, narrow: bool) -> None:
     ticks = [tick for tick in locator.tick_values(1, max(last, 2)) if 1 <= tick <= last]
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.set_xlabel("step", color=MUTED, loc="right", labelpad=2)
+
+
+def power_of_two(exponent: int) -> str:
+    """2⁻²⁴."""
+    return "2" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def share(value: float) -> str:
+    """A share as a percentage with two digits; what is not zero is never shown as zero."""
+    if value <= 0:
+        return "0 %"
+    if value < 0.001:
+        return "< 0.1 %"
+    if 0.999 < value < 1:
+        return "> 99.9 %"
+    return f"{100 * value:.1f} %" if value < 0.0995 or 0.99 < value < 1 else f"{100 * value:.0f} %"
+
+
+def shortened(name: str, most: int) -> str:
+    """The end of a module path, which tells layers apart, in ``most`` letters."""
+    return name if len(name) <= most else "…" + name[1 - most :]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halfstep.report import series, svg
-from halfstep.report.figures.chart import Chart, Looks, Runs, grid, line_key, step_axis, text_at
+from halfstep.report.figures.chart import Chart, Looks, Runs, grid, line_key, power_of_two, step_axis, text_at
 from halfstep.report.svg import MUTED, NARROW, SMALL, WIDE
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def _paint_scales(
                     color=look.color,
                     linewidth=1.6,
                     linestyle=look.linestyle,
+                    marker="." if len(kept) == 1 else "",
                     alpha=1.0 if len(records) == 1 else 0.75,
                 )
                 last = max(last, float(steps[-1]))
@@ -83,8 +84,11 @@ def _paint_scales(
     axes.set_ylim(low, high)
     last = max(last, *(float(steps[-1]) for steps in skipped.values() if len(steps)), 2.0)
     axes.set_xlim(1 - 0.01 * last, last * 1.01)
-    ticks = [tick for tick in MaxNLocator(5, integer=True).tick_values(low, high) if low <= tick <= high]
-    axes.set_yticks(ticks, [_power_of_two(int(tick)) for tick in ticks])
+    # Of a scale that never changes, the locator offers fractions of an octave.
+    ticks = [
+        tick for tick in MaxNLocator(5, integer=True).tick_values(low, high) if low <= tick <= high and tick % 1 == 0
+    ]
+    axes.set_yticks(ticks, [power_of_two(int(tick)) for tick in ticks])
     grid(axes, "y")
     rug = svg.panel(figure, left=42, top=188, right=right, height=_RUG * len(scaled), sharex=axes)
     step_axis(rug, last, narrow)
@@ -100,7 +104,3 @@ def _paint_scales(
         rug.plot(x, y, color=looks[policy].color, linewidth=1.5, solid_capstyle="butt")
         text = f"{len(steps):,} skipped"
         text_at(rug, 1, top + _RUG / 2, text, dx=8, color=MUTED, size=SMALL, of_axes=True)
-
-
-def _power_of_two(exponent: int) -> str:
-    return "2" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
