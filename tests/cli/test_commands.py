@@ -20,7 +20,7 @@ from halfstep.cli import app
 from halfstep.cli.demo import demo_policies
 from halfstep.policy import choose
 
-COMMANDS = ["check", "run", "compare", "report", "demo"]
+COMMANDS = ["check", "run", "compare", "doctor", "explain", "report", "demo"]
 
 
 def test_check_names_formats_policy_and_reason(cli):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from halfstep.cli import check, compare, demo, report, run
+from halfstep.cli import check, compare, demo, doctor, explain, report, run
 from halfstep.version import __version__
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (check, run, compare, report, demo):
+for command in (check, run, compare, doctor, report, explain, demo):
     command.register(app)
 
 
@@ -38,6 +38,9 @@ def _options(
 def main() -> None:
     """The ``halfstep`` command: bad input ends in one line on stderr, never in a traceback of ours."""
     from halfstep.compare import CompareError, ScheduleError
+    from halfstep.doctor.codes import UnknownCodeError
+    from halfstep.doctor.diagnosis import DiagnosisError
+    from halfstep.doctor.finding import SilenceError
     from halfstep.hardware import DeviceUnavailableError
     from halfstep.launch import ScriptError, UnsupportedError
     from halfstep.policy import UnknownPolicyError
@@ -47,11 +50,14 @@ def main() -> None:
         app()
     except (
         ScriptError,
+        SilenceError,
+        DiagnosisError,
         UnknownPolicyError,
         DeviceUnavailableError,
         UnsupportedError,
         RecordError,
         CompareError,
+        UnknownCodeError,
     ) as error:
         print(f"halfstep: error: {error}", file=sys.stderr)
         sys.exit(2)

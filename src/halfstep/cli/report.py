@@ -25,7 +25,13 @@ def report(
     baseline: Annotated[str, typer.Option(help="The policy that the others are compared with.")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON document.")] = False,
 ) -> None:
-    """Write one self-contained HTML page from run records: verdict, table, figures, environment."""
+    """Write one self-contained HTML page from run records: verdict, table, figures, environment.
+
+    The doctor.json of `halfstep doctor`, or its folder, becomes the doctor's page instead.
+    """
+    if len(runs) == 1 and (document := _diagnosis_in(runs[0])) is not None:
+        _report_diagnosis(document, output, as_json)
+        return
     from halfstep import record
     from halfstep.compare import CompareError, compare, to_json
     from halfstep.report import html
@@ -40,4 +46,26 @@ def report(
         print(json.dumps(to_json(comparison), indent=2))
     else:
         print(comparison.verdict)
+    print(f"halfstep: report: {output}", file=sys.stderr)
+
+
+def _diagnosis_in(path: Path) -> Path | None:
+    """The doctor's document that ``path`` is or holds."""
+    document = path / "doctor.json" if path.is_dir() else path
+    return document if document.suffix == ".json" and document.is_file() else None
+
+
+def _report_diagnosis(document: Path, output: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from halfstep.doctor import diagnosis
+    from halfstep.report import diagnosis as page
+    from halfstep.report.findings_table import print_findings
+
+    seen = diagnosis.read(document)
+    page.write(output, seen)
+    if as_json:
+        print(json.dumps(seen.to_json(), allow_nan=False))
+    else:
+        print_findings(Console(highlight=False), seen.findings, policy=seen.policy, looked_at=page.looked_at(seen))
     print(f"halfstep: report: {output}", file=sys.stderr)

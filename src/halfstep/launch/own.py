@@ -95,6 +95,8 @@ class OwnPrecision:
             return original(scaler, optimizer, *args, **kwargs)
         scale = scaler.get_scale()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._session.watcher is not None:
+            self._session.watcher.step_starts(optimizer)
         self._session.steps.starts(parameters)
         self.stepping = True
         try:
@@ -105,7 +107,9 @@ class OwnPrecision:
         applied = not any(bool(found_inf.item()) for found_inf in found.values())
         # A fused optimizer unscales inside its kernel and leaves .grad scaled: no norm then, unless clipping gave it.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self._session.ended(optimizer, applied, scale, self._session.steps.norm(parameters, only_clipped=fused))
+        with self._session.aside():
+            norm = self._session.steps.norm(parameters, only_clipped=fused)
+        self._session.ended(optimizer, applied, scale, norm)
         return result
 
 
@@ -119,7 +123,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
-_OUR_FOLDER = str(Path(__file__).parent) + os.sep
+#: What may stand between the script and PyTorch: this part of halfstep, and what examines a run.
+_OUR_FOLDERS = tuple(str(Path(__file__).parents[1] / part) + os.sep for part in ("launch", "doctor", "observe"))
 
 
 def caller() -> str | None:
@@ -127,7 +132,7 @@ def caller() -> str | None:
     frames: Iterator[FrameType] = _frames(sys._getframe(1))
     for frame in frames:
         file = frame.f_code.co_filename
-        if file.startswith(_OUR_FOLDER):
+        if file.startswith(_OUR_FOLDERS):
             continue
         if file.startswith(_TORCH_FOLDER) and "checkpoint" in file:
             return None

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -23,11 +24,22 @@ from halfstep.autocast import float32_precision
 from halfstep.launch.patches import Patches
 from halfstep.launch.script import Outcome, load, run
 from halfstep.launch.seeds import seeded
-from halfstep.launch.session import Session
+from halfstep.launch.session import Session, Watcher
 from halfstep.launch.steps import StepLimitReached
 from halfstep.observe import peak_resident_bytes
 from halfstep.policy import Policy, resolve
 from halfstep.record import End, Header, Memory, Notice, RecordWriter, Step
+
+
+class RunWatcher(Watcher, Protocol):
+    """Sees a whole run from inside: opened before the script starts, closed when it has ended, however."""
+
+    def opened(self, session: Session) -> None: ...
+
+    def line(self, line: Step | Memory | Notice) -> None:
+        """What goes into the run record."""
+
+    def closed(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ def run_under_policy(
     step_limit: int | None = None,
     seed: int | None = None,
     announce: Callable[[Policy, str], None] | None = None,
+    watcher: RunWatcher | None = None,
 ) -> Run:
     """Run ``script`` as ``__main__`` under ``policy``.
 
@@ -66,6 +79,7 @@ def run_under_policy(
         step_limit: end the script after so many steps of its first optimizer.
         seed: seed all generators by this index, and shift the script's own seeds by it.
         announce: called with *(policy, reason)* before the script starts.
+        watcher: sees the run from inside. Memory is not measured then: its tracker does not nest with other modes.
 
     Raises:
         ScriptError, UnknownPolicyError, DeviceUnavailableError, UnsupportedError, OSError: before the script starts.
@@ -100,6 +114,10 @@ def run_under_policy(
             if chosen.lowers:
                 stack.enter_context(_without_fused_attention())
             patches.install()
+            if watcher is not None:
+                session.watcher, seen.watcher, session.steps.measures_memory = watcher, watcher, False
+                stack.callback(watcher.closed)
+                watcher.opened(session)
             try:
                 outcome = run(script, code, arguments)
             except StepLimitReached as limit:
@@ -145,6 +163,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.writer: RecordWriter | None = None
+        self.watcher: RunWatcher | None = None
         self.notices: list[Notice] = []
         self.skipped = 0
         self.last_loss: float | None = None
@@ -152,6 +171,8 @@ class _Seen:
     def write(self, line: Step | Memory | Notice) -> None:
         if self.writer is not None:
             self.writer.write(line)
+        if self.watcher is not None:
+            self.watcher.line(line)
         if isinstance(line, Notice):
             self.notices.append(line)
         elif isinstance(line, Step):

@@ -12,7 +12,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,23 @@ Original = Callable[..., Any]
 
 class UnsupportedError(RuntimeError):
     """A policy cannot be applied to this script from outside; the message says what can be done."""
+
+
+class Watcher(Protocol):
+    """Is told of what happens in a session, from inside of it; whatever it raises ends the script."""
+
+    def forward_starts(self, module: nn.Module) -> None:
+        """An outermost module, one with parameters, is about to be called."""
+
+    def forward_ended(self) -> None: ...
+
+    def backward_ended(self) -> None: ...
+
+    def step_starts(self, optimizer: Optimizer) -> None:
+        """Gradients are there, and the script's own (unscaled) if it does not scale its loss itself."""
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """Surrounds what the session itself computes, which is none of the script's numbers."""
 
 
 class Session:
@@ -76,6 +93,7 @@ class Session:
         self._schedulers: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
         self._masters: weakref.WeakKeyDictionary[Optimizer, MasterWeights] = weakref.WeakKeyDictionary()
         self.own = OwnPrecision(self)
+        self.watcher: Watcher | None = None
         self.entering_ours = False
         self._scaling = ScriptScaling()
         self._statistics = KeptStatistics()
@@ -98,6 +116,8 @@ class Session:
             self.forwards_seen += 1
             if device_type != self.device_type:
                 self._change_device(device_type)
+            if self.watcher is not None and not in_backward():
+                self.watcher.forward_starts(module)
             # In backward a module call is a recomputation. What was checkpointed inside a module finds the
             # forward's autocast restored and passes; what was checkpointed outside one is an outermost call again.
             if self._stands_back(module) or torch.is_autocast_enabled(device_type):
@@ -113,6 +133,8 @@ class Session:
             return to_float32(result)
         finally:
             self._local.in_module = False
+            if self.watcher is not None and not in_backward():
+                self.watcher.forward_ended()
 
     # ------------------------------------------------------------------ backward
 
@@ -125,8 +147,12 @@ class Session:
         given = [grad_tensors] if isinstance(grad_tensors, Tensor) or grad_tensors is None else list(grad_tensors)
         given += [None] * (len(roots) - len(given))
         scaler = self.own.scaler
-        self.steps.loss(roots, given, 1.0 if scaler is None else scaler.get_scale())
-        with recomputation(self.policy, self.device_type):
+        with self.aside():
+            self.steps.loss(roots, given, 1.0 if scaler is None else scaler.get_scale())
+        with contextlib.ExitStack() as stack:
+            if self.watcher is not None:
+                stack.callback(self.watcher.backward_ended)
+            stack.enter_context(recomputation(self.policy, self.device_type))
             if not self.scales_loss:
                 return original(tensors, grad_tensors, *args, **kwargs)
             if any(optimizer.release is not None for optimizer in self._holding_masters()):
@@ -160,7 +186,10 @@ class Session:
         if self.own.stepping:  # own_scaler_step records, once it knows of a skip
             return original(optimizer, *args, **kwargs)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        grad_norm = self.steps.norm(parameters)
+        with self.aside():
+            grad_norm = self.steps.norm(parameters)
+        if self.watcher is not None:
+            self.watcher.step_starts(optimizer)
         self.steps.starts(parameters)
         self._local.in_step = True
         try:
@@ -168,7 +197,8 @@ class Session:
         finally:
             self._local.in_step = False
         if grad_norm is None:  # a closure has made the gradients only now
-            grad_norm = self.steps.norm(parameters)
+            with self.aside():
+                grad_norm = self.steps.norm(parameters)
         self.ended(optimizer, applied, scale, grad_norm)
         return result
 
@@ -349,7 +379,11 @@ class Session:
         counts[0] += 1
         counts[1] += applied
         self._islands.require(self.policy.keep_fp32)
-        self.steps.ended(optimizer, applied, scale, grad_norm, self.device_type, self._masters.get(optimizer))
+        with self.aside():
+            self.steps.ended(optimizer, applied, scale, grad_norm, self.device_type, self._masters.get(optimizer))
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.watcher is None else self.watcher.aside()
 
     def notice(self, code: str, message: str, where: str | None = None) -> None:
         if code not in self._noticed:

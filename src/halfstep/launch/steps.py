@@ -36,6 +36,7 @@ class StepObserver:
 
     def __init__(self, write: Callable[[Step | Memory | Notice], None], step_limit: int | None) -> None:
         self.seen = 0
+        self.measures_memory = True  #: one of the steps; its tracker does not nest with other dispatch modes
         self._write = write
         self._step_limit = step_limit
         self._index: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -123,7 +124,9 @@ class StepObserver:
             self._memory = None
 
     def _measure_memory(self, step: int, masters: MasterWeights | None) -> None:
-        if in_backward():  # a step inside backward: dispatch modes are the engine's there, not ours to enter or leave
+        if (
+            not self.measures_memory or in_backward()
+        ):  # a step inside backward: dispatch modes are the engine's there, not ours to enter or leave
             return
         if self._memory is not None:
             measured, self._memory = self._memory.finish(step), None
