@@ -17,16 +17,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-
-import psutil
 
 from halfstep.policy import file_name
+from halfstep.processes import Tail, sigterm_raises, stop
 
 POLL_SECONDS = 0.2
 INTERRUPT_GRACE_SECONDS = 10.0
@@ -179,7 +176,7 @@ def run_all(
     prefix = (sys.executable, "-m", "halfstep", "run") if launcher is None else tuple(launcher)
     emit: Callable[[Event], None] = on_event or (lambda event: None)
     results: list[RunResult] = []
-    with _sigterm_raises():
+    with sigterm_raises():
         for number, run in enumerate(runs, start=1):
             command = [*prefix, *_arguments(run, steps, folder), "--", *_filled(script_command, run)]
             try:
@@ -229,7 +226,7 @@ def _run_one(
     started: RunStarted,
     grace: float,
 ) -> RunResult:
-    log, tail, interrupted = folder / f"{run.stem}.log", _Tail(folder / f"{run.stem}.jsonl"), False
+    log, tail, interrupted = folder / f"{run.stem}.log", Tail(folder / f"{run.stem}.jsonl"), False
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
@@ -248,50 +245,13 @@ def _run_one(
         with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(timeout=grace)
     finally:
-        _stop(process)
+        stop(process, _TERMINATE_SECONDS)
     tail.new_lines()
     record = tail.path if tail.lines_seen else None
     result = RunResult(run, record, log, process.returncode, interrupted)
     if not interrupted:
         emit(RunEnded(run, process.returncode))
     return result
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those it started, politely first; nothing to do where it has ended."""
-    if process.poll() is not None:
-        return
-    with suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.wait(timeout=_TERMINATE_SECONDS)
-        for member in family:  # psutil checks that the pid has not been given to another process
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-    process.wait()
-
-
-class _Tail:
-    """The whole lines that have been appended to a file since it was last asked."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines_seen = 0
-        self._offset = 0
-        self._cut = b""
-
-    def new_lines(self) -> list[bytes]:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self._offset)
-                appended = file.read()
-        except FileNotFoundError:
-            return []
-        self._offset += len(appended)
-        *lines, self._cut = (self._cut + appended).split(b"\n")
-        self.lines_seen += len(lines)
-        return lines
 
 
 def _step_seen(run: Run, line: bytes) -> StepSeen | None:
@@ -310,21 +270,3 @@ def _step_seen(run: Run, line: bytes) -> StepSeen | None:
         )
     except (ValueError, KeyError, TypeError):
         return None  # only the display misses a damaged line here; reading the record later names it
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM, which would leave the run behind as an orphan, into SystemExit, which stops it first."""
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not ours:  # signals belong to the main thread, and a handler of the caller's knows better
-        yield
-        return
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

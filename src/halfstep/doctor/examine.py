@@ -11,7 +11,8 @@ import torch
 
 from halfstep.autocast import autocast
 from halfstep.doctor.examination import Change, Examination
-from halfstep.doctor.finding import Finding, Severity, Silence
+from halfstep.doctor.finding import Finding, Severity, Silence, ordered, without_silenced
+from halfstep.doctor.lint import lint
 from halfstep.doctor.remedy import Remedy, try_remedies
 from halfstep.doctor.snapshot import Snapshot
 from halfstep.doctor.trial import applied, changes
@@ -55,7 +56,7 @@ def examine(
     before = Snapshot() if remedies else None
     with before or contextlib.nullcontext():
         examination = _run(fn, chosen, rules, device_type)
-    findings = examination.findings()
+    findings = ordered([*examination.findings(), *_compiled(examination, rules)])
     if before is None or all(finding.severity is Severity.NOTE for finding in findings):
         return findings
     modules, optimizers = examination.attribution.roots, examination.attribution.optimizers
@@ -75,6 +76,12 @@ def examine(
     come_back = [finding for finding in findings if (finding.code, finding.place) in again]
     tried = {id(old): new for old, new in zip(come_back, try_remedies(come_back, rerun, chosen), strict=True)}
     return [tried.get(id(finding), finding) for finding in findings]
+
+
+def _compiled(examination: Examination, silence: Sequence[Silence]) -> list[Finding]:
+    """HS504, where modules are compiled: what was seen are their eager numbers."""
+    found = lint(examination.attribution.roots, (), policy=None)
+    return without_silenced([finding for finding in found if finding.code == "HS504"], silence)
 
 
 def _run(

@@ -10,13 +10,13 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
+from halfstep.processes import Tail, stop
 
 POLL_SECONDS = 0.05
 #: A stage that has been told to end gets so long to write what it saw; then it is killed.
@@ -101,14 +101,14 @@ def run_stage(
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(environment)
         )
-    tail, complete, timed_out = _Tail(lines), False, False
+    tail, complete, timed_out = Tail(lines), False, False
     started, ends_by = time.monotonic(), float("inf")
     try:
         while process.returncode is None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=POLL_SECONDS)
             # Read after the wait: once the process has ended, this sees its last line.
-            for line in tail.new_lines():
+            for line in _values(tail.new_lines()):
                 if line.get("kind") == "end":
                     complete, ends_by = True, time.monotonic() + LEAVING_SECONDS
                 on_line(line)
@@ -120,8 +120,8 @@ def run_stage(
             if now > ends_by:
                 break
     finally:
-        _stop(process)
-    for line in tail.new_lines():
+        stop(process, GRACE_SECONDS)
+    for line in _values(tail.new_lines()):
         complete = complete or line.get("kind") == "end"
         on_line(line)
     return Ended(process.wait(), complete, timed_out, log)
@@ -135,42 +135,10 @@ def last_line(log: Path) -> str:
     return ""
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those it started, politely first; nothing to do where it has ended."""
-    if process.poll() is not None:
-        return
-    with suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.wait(timeout=GRACE_SECONDS)
-        for member in family:  # psutil checks that the pid has not been given to another process
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-    process.wait()
-
-
-class _Tail:
-    """The whole JSON lines that have been appended to a file since it was last asked."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._cut = b""
-
-    def new_lines(self) -> list[dict[str, Any]]:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                appended = file.read()
-        except FileNotFoundError:
-            return []
-        self._offset += len(appended)
-        *lines, self._cut = (self._cut + appended).split(b"\n")
-        found = []
-        for line in lines:
-            with suppress(ValueError):  # a line damaged by a dying process is lost; the others are not
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    found.append(value)
-        return found
+def _values(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Lines as JSON objects; one damaged by a dying process is lost, the others are not."""
+    for line in lines:
+        with suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                yield value

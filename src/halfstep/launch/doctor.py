@@ -14,15 +14,11 @@ memory or never trains loses nothing that was found before; the diagnosis says i
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from halfstep import hardware
@@ -37,6 +33,7 @@ from halfstep.launch.script import load
 from halfstep.launch.session import Session
 from halfstep.observe.ops import Profile
 from halfstep.policy import parse, resolve
+from halfstep.processes import sigterm_raises
 
 DEFAULT_STEPS = 3
 DEFAULT_TIMEOUT = 900.0
@@ -128,7 +125,7 @@ def diagnose(
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=hardware.environment(facts),
     )
-    with _sigterm_raises():
+    with sigterm_raises():
         try:
             doctor.work(remedies)
         except KeyboardInterrupt:
@@ -367,21 +364,3 @@ def _diagnosed(steps: Sequence[Mapping[str, Any]], in_fp32: Sequence[Mapping[str
 
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM, which would leave a stage behind as an orphan, into SystemExit, which stops it first."""
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not ours:
-        yield
-        return
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
