@@ -160,8 +160,10 @@ def whisper() -> Training:
 
 def mixtral() -> Training:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
-    config = transformers.MixtralConfig(**SIZES, **experts, num_hidden_layers=2, num_key_value_heads=2)
-    return from_transformers("MixtralForCausalLM", config)
+    config = transformers.MixtralConfig(**SIZES, **experts, num_hidden_layers=1, num_key_value_heads=2)
+    ids = torch.randint(3, 64, (8, 24))  # so many that some go to another expert in bf16
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return from_transformers("MixtralForCausalLM", config, batch)
 
 
 MODELS = (builtin_gpt, conv_net, bert, t5, llama, gpt2, vit, whisper, mixtral)

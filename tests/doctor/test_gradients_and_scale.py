@@ -60,7 +60,7 @@ def trained(model: nn.Module, factor: float, scale: float = 1.0) -> list[Finding
 
 
 #: Of the factor on the loss: nearly all gradients flush, many, and hardly any.
-POWERS = (-26, -20, -17, -15, -8)
+POWERS = (-26, -20, -18, -16, -14, -8)
 
 
 @pytest.mark.parametrize("power", POWERS)
@@ -235,7 +235,9 @@ def test_a_scaler_that_is_off_has_no_course(scaler_of: Callable[..., Any]) -> No
 
 def test_a_forward_overflow_is_beyond_any_scale(scaler_of: Callable[..., Any]) -> None:
     """The gradient of a square is finite where the square is not: the first steps are skipped, and the loss is inf."""
-    findings, _ = run(scaler_of(init_scale=2.0**16), lambda weight: (weight * 300) ** 2, 12)
+    findings, examination = run(scaler_of(init_scale=2.0**16), lambda weight: ((weight * 300) ** 2).float() * 1e-3, 12)
+    applied = [step.applied for step in examination.course.steps]
+    assert applied == sorted(applied) and 0 < applied.index(True) < 10  # nothing collapses
     codes = [finding.code for finding in findings]
     assert codes.count("HS203") == 1 and "HS206" not in codes
     cause = next(f for f in findings if f.code == "HS101" and f.place and f.place.phase == "forward")
@@ -284,9 +286,17 @@ def test_a_scale_below_one_flushes_what_it_should_save(lowest: float, code: list
     assert [finding.code for finding in examination.findings()] == code
 
 
-def test_gradients_that_overflow_without_a_scale_are_no_business_of_a_scaler() -> None:
-    """1e6 times a mean over 4, in fp16, at scale 1: lowering it would flush everything."""
-    findings, _ = run(
-        torch.amp.GradScaler("cpu", init_scale=1.0), lambda weight: (weight.float() * 1e3).half() * 400, 1
-    )
-    assert "HS206" not in [finding.code for finding in findings]
+def test_a_skip_at_the_floor_is_a_skip() -> None:
+    """The scale is the same afterwards: only the gradients tell."""
+    scaler = halfstep.GradScaler("cpu", init_scale=16.0, min_scale=16.0)
+    _, examination = run(scaler, lambda weight: weight * torch.tensor([1.0, torch.nan, 1.0, 1.0]).half(), 2)
+    assert [(step.scale, step.applied) for step in examination.course.steps] == [(16.0, False)] * 2
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_gradients_beyond_the_format_at_scale_1_are_not_the_scalers_business(scale: float) -> None:
+    """The gradient of the product is 60000 / 4, in fp16, and that of the weight eight times as much."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    findings, _ = run(scaler, lambda weight: (weight * 8).float() * 60000, 1)
+    codes = [finding.code for finding in findings]
+    assert "HS101" in codes and "HS206" not in codes

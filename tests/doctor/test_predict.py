@@ -319,6 +319,14 @@ def test_the_window_test_saw_both_outcomes() -> None:
     assert not by_format(handmade(("mm", "backward", near)))["fp16"].window_is_empty
 
 
+@pytest.mark.parametrize(("small", "severity"), [(5, Severity.NOTE), (20, Severity.NOTE), (50, Severity.WARNING)])
+def test_gradients_that_no_scale_saves_are_a_warning_where_they_are_many(small: int, severity: Severity) -> None:
+    numbers = torch.cat([torch.full((small,), 1e-10), torch.full((100 - small,), 1e3)])
+    (prediction,) = predict(handmade(("mm", "backward", numbers)), ("fp16",))
+    (finding,) = [finding for finding in findings_of([prediction], FP16) if finding.code == "HS204"]
+    assert (finding.severity, finding.numbers["lost"]) == (severity, small / 100)
+
+
 def test_the_scale_leaves_three_octaves_free() -> None:
     prediction = by_format(handmade(("mm", "backward", torch.full((9,), 1.5 * 2.0**-20))))["fp16"]
     assert prediction.loss_scale == 2.0 ** (14 - 2 + 20)

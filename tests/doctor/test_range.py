@@ -247,7 +247,7 @@ def test_an_overflow_becomes_zero() -> None:
     [
         lambda x: torch.sigmoid(x * x),  # 1 in FP32 too
         lambda x: (x * x).clamp(max=100.0),
-        lambda x: (x * x).nan_to_num(posinf=9e4),
+        lambda x: (x * x).nan_to_num(posinf=1000.0),
         lambda x: (x * x).isinf().any(),
         lambda x: torch.rsqrt((x * 0.5).pow(2)),  # 150 squared fits
     ],
@@ -327,6 +327,12 @@ def test_flushed_results_are_counted_as_numpy_counts_them(scale: int, seed: int,
             assert findings[0].numbers["fp32_amax"] == pytest.approx(float(exact.max()), rel=1e-6)
 
 
+@pytest.mark.parametrize(("small", "fires"), [(4, False), (6, True), (10, True)])
+def test_half_of_the_results_have_to_flush(small: int, fires: bool) -> None:
+    x = torch.cat([torch.full((small,), 1e-5), torch.full((10 - small,), 2e-2)]).half()
+    assert [f.numbers["zero"] for f in found(lambda: (x * 1e-5)[:small], "HS106")] == ([small] if fires else [])
+
+
 def test_the_op_that_flushes_is_named_once() -> None:
     x = torch.full((10,), 1e-5).half()
 
@@ -347,6 +353,7 @@ QUIET_FLUSH: dict[str, Callable[[], object]] = {
     "tail of a softmax": lambda: (torch.arange(20.0).half() * 3).softmax(-1) * 1,
     "tail of a sigmoid": lambda: torch.sigmoid(torch.full((10,), -30.0).half()) + 1,
     "cancelled": lambda: (lambda x: (x + 1e-4) - x)(torch.ones(10).half()),
+    "cancelled in a sum": lambda: (torch.ones(10).half() + 1e-4) + -torch.ones(10).half(),
     "dropped": lambda: functional.dropout(torch.ones(100).half(), 0.9),
     "rectified": lambda: torch.relu(torch.full((10,), -1.0).half()),
     "never used": lambda: (torch.full((10,), 1e-5).half() * 1e-5, torch.ones(1))[1],

@@ -141,6 +141,7 @@ def test_a_sum_of_a_residual_stream() -> None:
     first = next(f for f in findings if f.code == "HS101")
     assert first.place is not None and (first.place.module, first.place.op) == ("blocks.0", "add")
     kept = island_of(findings, "HS101")
+    assert kept == ("blocks.0", "blocks.1.branch")
     assert healthy(model, x, kept)
     assert not any(healthy(model, x, some) for some in itertools.combinations(kept, len(kept) - 1))
     with halfstep.keep_fp32(model, kept, "cpu"):
@@ -216,7 +217,14 @@ def test_masters() -> None:
 
         return program
 
-    findings = above_note(examine(training(torch.optim.SGD(model.parameters(), lr=1e-5)), remedies=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    examine(training(optimizer), remedies=True)
+    assert "step" not in vars(optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    step = optimizer.step
+    findings = above_note(examine(training(optimizer), remedies=True))
+    assert optimizer.step is step  # the scheduler's, as it was
+    scheduler.step()
     assert {finding.code for finding in findings} == {"HS301"}
     for finding in findings:
         assert [t.outcome for t in finding.trials] == ["verified"] and "MasterWeights" in finding.trials[0].remedy

@@ -39,6 +39,8 @@ __all__ = ["HEADROOM", "TOLERANCE", "FormatPrediction", "LayerUnderflow", "Peak"
 
 #: The share of gradient elements that may flush before a scale counts as too small.
 TOLERANCE = 0.01
+#: The share of a layer's gradients from which on it does not learn: as HS201 judges gradients that did flush.
+SERIOUS = 0.25
 #: Below this factor to the largest number, growth during training is likely to pass it.
 HEADROOM = 2.0
 #: Loss scales that are considered, as powers of two.
@@ -334,17 +336,20 @@ def _scale_findings(prediction: FormatPrediction, scaled: bool) -> list[Finding]
         return []
     low, high = prediction.window
     if prediction.window_is_empty:
+        # A router's gradients span much: the last percent of them, in far tails of a softmax, moves nothing.
+        lost = max([prediction.flushed_scaled, *(layer.scaled for layer in prediction.layers)])
         found.append(
             Finding(
                 "HS204",
                 None,
                 f"Below a loss scale of {_power(low)} more than {TOLERANCE:.0%} of the gradients flush to zero, above "
                 f"{_power(high)} the largest overflows",
-                f"Whatever the scale, part of the model does not learn in {format}.",
+                f"At a scale of {_power(prediction.loss_scale)}, {lost:.0%} of the gradients of the worst layer are "
+                f"zero in {format}.",
                 "Use bf16, or keep in FP32 the layers with the smallest gradients: "
                 f"{', '.join(_worst(prediction)) or 'see the layers'}.",
-                Severity.WARNING,
-                {"low": low, "high": high},
+                Severity.WARNING if lost >= SERIOUS else Severity.NOTE,
+                {"low": low, "high": high, "lost": lost},
             )
         )
     if not scaled and prediction.flushed > TOLERANCE:

@@ -93,6 +93,7 @@ def _mastered(optimizer: Optimizer) -> Iterator[None]:
     """Step on FP32 masters: 16-bit parameters get them, and FP32 gradients and state with them."""
     masters = MasterWeights(optimizer)
     original = optimizer.step
+    of_its_own = vars(optimizer).get("step")
     inside = False
 
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -110,6 +111,8 @@ def _mastered(optimizer: Optimizer) -> Iterator[None]:
         yield
     finally:
         del optimizer.step
+        if of_its_own is not None:
+            optimizer.step = of_its_own  # type: ignore[method-assign]  # as it was
 
 
 @contextlib.contextmanager
