@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import halfstep
+from halfstep.autocast.islands import NoSuchModuleError
 from halfstep.doctor import Finding, Severity, examine
 from halfstep.doctor.finding import Trial
 from halfstep.doctor.remedy import Constant, Line, Remedy, try_remedies
@@ -518,3 +519,16 @@ FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 )
 def test_a_remedy_survives_json(remedy: Remedy) -> None:
     assert Remedy.from_json(json.loads(json.dumps(remedy.to_json()))) == remedy
+
+
+def test_the_islands_of_the_policy_that_is_examined_hold_in_the_first_run() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    with torch.no_grad():
+        model[0].weight.fill_(3e4)
+
+    assert "HS101" in [finding.code for finding in examine(lambda: model(torch.ones(2, 4)), "fp16-mixed:emulate")]
+    kept = examine(lambda: model(torch.ones(2, 4)), "fp16-mixed:keep_fp32=0+1:emulate")
+    assert [finding.code for finding in kept] == []
+    assert all("forward" not in vars(part) for part in model)  # taken back
+    with pytest.raises(NoSuchModuleError, match="nowhere"):
+        examine(lambda: model(torch.ones(2, 4)), "fp16-mixed:keep_fp32=nowhere:emulate")

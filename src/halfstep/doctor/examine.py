@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from halfstep.autocast import autocast
+from halfstep.autocast.script_islands import ScriptIslands
 from halfstep.doctor.examination import Change, Examination
 from halfstep.doctor.finding import Finding, Severity, Silence, ordered, without_silenced
 from halfstep.doctor.lint import lint
@@ -47,6 +49,7 @@ def examine(
 
     Raises:
         UnknownPolicyError, PolicyOptionError, SilenceError: before ``fn`` runs.
+        NoSuchModuleError: after it: no module that was called matches a pattern of the policy's ``keep_fp32``.
     """
     chosen = parse(policy) if isinstance(policy, str) else policy
     rules = [Silence.parse(rule) if isinstance(rule, str) else rule for rule in silence]
@@ -63,11 +66,9 @@ def examine(
 
     def rerun(remedy: Remedy) -> list[Finding]:
         policy = chosen if remedy.policy is None else parse(remedy.policy)
-        islands = policy.keep_fp32 if policy is not None and remedy.policy is not None else ()
-        wanted = replace(remedy, islands=(*remedy.islands, *islands))
         before.restore()
         try:
-            with applied(wanted, modules, optimizers, device_type):
+            with applied(remedy, modules, optimizers, device_type):
                 return _run(fn, policy, rules, device_type, changes(remedy)).findings()
         finally:
             before.restore()
@@ -91,7 +92,28 @@ def _run(
     device_type: str,
     change: Change | None = None,
 ) -> Examination:
-    region = autocast(policy, device_type) if policy is not None else contextlib.nullcontext()
-    with Examination(silence=silence, change=change) as examination, region:
+    with Examination(silence=silence, change=change) as examination, contextlib.ExitStack() as stack:
+        if policy is not None:
+            stack.enter_context(_islands(policy, device_type))
+            stack.enter_context(autocast(policy, device_type))
         examination.returned(fn())
     return examination
+
+
+@contextlib.contextmanager
+def _islands(policy: Policy, device_type: str) -> Iterator[None]:
+    """The policy's FP32 islands in the modules that are called, found as they are called first."""
+    islands, known = ScriptIslands(), set[int]()
+
+    def called(module: nn.Module, args: Any) -> None:
+        if id(module) not in known:
+            known.update(id(part) for part in module.modules())
+            islands.apply(module, policy.keep_fp32, device_type)
+
+    handle = register_module_forward_pre_hook(called)
+    try:
+        yield
+        islands.require(policy.keep_fp32)
+    finally:
+        handle.remove()
+        islands.remove()

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from halfstep import hardware
 from halfstep.autocast import LOW_PRECISION, autocast, recomputation, store_parameters, to_float32
-from halfstep.launch.islands import ScriptIslands
+from halfstep.autocast.script_islands import ScriptIslands
 from halfstep.launch.own import OwnPrecision, dtype_name, in_backward
 from halfstep.launch.scaling import OverflowInClosure, ScriptScaling
 from halfstep.launch.steps import StepObserver
