@@ -5,8 +5,9 @@ AdamW on one thread. In every round each level takes one step, in rotating order
 all of them; a round gives one ratio of each level's time to that of the step with nothing watching, and the median
 ratio is kept with its quartiles. ``nothing`` itself takes two steps a round, and the ratio of the two is the noise that
 the others have to be read against. ``shadow`` is the examination of the doctor, every op also in FP32: it takes part in
-the first rounds only. Setting a level up (hooks, the first look at names) is not timed: a turn enters the level, takes
-one step, and times the next, with reading what was seen.
+the first rounds only. Time is the process's own processor time: on one thread that is the time of the step, without
+what others on the machine take. Setting a level up (hooks, the first look at names) is not timed: a turn enters the
+level, takes one step, and times the next, with reading what was seen.
 
 Written to ``benchmarks/results/observation.json``.
 """
@@ -85,10 +86,10 @@ class Run:
                 examination = stack.enter_context(Examination())
                 read, failures = examination.findings, examination.attribution.failures
             self.step()
-            begin = time.perf_counter()
+            begin = time.process_time()
             self.step()
             read()
-            return time.perf_counter() - begin, tuple(failures)
+            return time.process_time() - begin, tuple(failures)
 
 
 def measure(run: Run, rounds: int, shadow_rounds: int) -> dict[str, list[float]]:

@@ -58,10 +58,12 @@ def test_half_of_the_updates_is_the_limit() -> None:
     assert findings_of(lost_updates, event_of(ATEN.add_.Tensor, w, u, parameters=[0])) == []
 
 
-def test_a_parameter_is_known_without_an_optimizer() -> None:
+@pytest.mark.parametrize(("trained", "code"), [(True, "HS301"), (False, "HS303")])
+def test_a_parameter_is_known_by_its_gradient_and_an_average_by_having_none(trained: bool, code: str) -> None:
     w = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16), requires_grad=False)
+    w.grad = torch.ones_like(w) if trained else None
     event = event_of(ATEN.sub_.Tensor, w, torch.full((8,), 1e-4, dtype=torch.bfloat16))
-    assert only(findings_of(lost_updates, event)).code == "HS301"
+    assert only(findings_of(lost_updates, event)).code == code
 
 
 @pytest.mark.parametrize(

@@ -260,3 +260,20 @@ def test_resident_memory_is_at_most_its_peak() -> None:
         grown = resident_bytes()
     assert grown - now > 32 << 20
     assert peak_resident_bytes() >= grown - (1 << 20)
+
+
+class Silent(Tensor):
+    """A tensor of somebody else's that answers nothing."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise LookupError(func)
+
+
+def test_a_tensor_that_answers_nothing_does_not_keep_a_measurement_from_starting() -> None:
+    silent = torch.zeros(3).as_subclass(Silent)
+    memory = PeakMemory()
+    memory.start()
+    kept = torch.ones(1000)
+    assert memory.finish(1).peak_bytes >= kept.nbytes
+    assert type(silent) is Silent

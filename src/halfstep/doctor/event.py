@@ -134,4 +134,6 @@ def floats(values: Any) -> list[Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
+    if tensor.device.type == "meta":  # shapes without numbers
+        return False
     return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_nested

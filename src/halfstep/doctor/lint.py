@@ -22,7 +22,7 @@ from halfstep.doctor.finding import Finding, Severity, ordered
 from halfstep.doctor.lints import buffers, parameters, reduction, setup, state
 from halfstep.doctor.lints.setting import Setting
 from halfstep.hardware import DeviceFacts
-from halfstep.policy import Policy
+from halfstep.policy import Policy, parse
 
 Rule = Callable[[Setting], Iterable[Finding]]
 
@@ -55,7 +55,7 @@ def lint(
     modules: nn.Module | Iterable[nn.Module],
     optimizers: Optimizer | Iterable[Optimizer],
     *,
-    policy: Policy | None,
+    policy: Policy | str | None,
     scaler: Any = None,
     facts: DeviceFacts | None = None,
     training: bool | None = None,
@@ -70,13 +70,14 @@ def lint(
     Args:
         modules: the outermost ones: models, losses, averaged copies.
         optimizers: all that step; before or after their first step.
-        policy: what the run computes in; None: not known (the script may open autocast by itself).
+        policy: or its text; what the run computes in; None: not known (the script may open autocast by itself).
         scaler: the loss scaler in use, if any: PyTorch's, halfstep's, or anything with ``is_enabled()``.
         facts: of the device that autocast is opened for.
         training: whether backward passes will run; None: if there are optimizers.
 
     A rule that fails stops no other, and nothing is raised: it is a note, HS506.
     """
+    policy = parse(policy) if isinstance(policy, str) else policy
     failures: dict[str, list[str]] = {}
     found: list[Finding] = []
     try:

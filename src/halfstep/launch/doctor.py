@@ -117,6 +117,7 @@ def diagnose(
         tell,
     )
     prepare(folder)
+    doctor.enter()
     blank = Diagnosis(
         command=(str(script), *arguments),
         policy_requested=policy,
@@ -128,7 +129,7 @@ def diagnose(
     with sigterm_raises():
         try:
             doctor.work(remedies)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM
             doctor.note("the doctor was interrupted; this is what was found until then")
             raise InterruptedDiagnosisError(doctor.diagnosis(blank)) from None
     return doctor.diagnosis(blank), doctor.got_somewhere
@@ -170,6 +171,10 @@ class _Doctor:
         self._predicted: list[Finding] = []
         self._tried: list[tuple[Finding, Finding]] = []  # before and after remedies were tried
         self._notes: list[str] = []
+
+    def enter(self) -> None:
+        """Know the folder by its full path: a script may go elsewhere."""
+        self._folder = self._folder.resolve()
 
     def work(self, remedies: bool) -> None:
         profile = self._stage("profile", "profile", self._request.requested)

@@ -46,7 +46,7 @@ from halfstep.launch.run import Run, run_under_policy
 from halfstep.launch.session import Session
 from halfstep.launch.steps import StepLimitReached, compiled_frames
 from halfstep.observe.ops import OpObserver
-from halfstep.policy import parse
+from halfstep.policy import POLICIES, parse
 from halfstep.record import Memory, Notice, Step, strict_json
 from halfstep.scale import GradScaler
 
@@ -185,6 +185,7 @@ class ProfileWatcher(StageWatcher):
         self._observer: OpObserver | None = None
         self._profiled_at: float | None = None
         self._linted = False
+        self._lowers_itself = False
         self._compiled_before = compiled_frames()
 
     def forward_starts(self, module: nn.Module) -> None:
@@ -207,6 +208,7 @@ class ProfileWatcher(StageWatcher):
         if isinstance(line, Step) and line.optimizer == 0:
             self._write_profile()
         elif isinstance(line, Notice) and line.code in ("own-autocast", "own-16-bit-parameters"):
+            self._lowers_itself = True
             self.note("the script lowers its numbers itself, so predictions are made from already rounded ones")
 
     def closed(self) -> None:
@@ -223,7 +225,9 @@ class ProfileWatcher(StageWatcher):
         # Not inside a mode of the script's: ours would be on top when the script leaves its own.
         if self._observer is None and torch._C._len_torch_dispatch_stack() == 0:
             try:
-                observer = OpObserver(level="profile", policy=parse(self.request.policy))
+                policy = parse(self.request.policy)
+                # What would be in 16 bits is asked of a policy that lowers something, also where FP32 is examined.
+                observer = OpObserver(level="profile", policy=policy if policy.lowers else POLICIES["bf16-mixed"])
                 observer.__enter__()
                 self._observer = observer
             except Exception as error:
@@ -242,9 +246,9 @@ class ProfileWatcher(StageWatcher):
             return
         self._linted = True
         with self.ours("the lint"):
-            policy = parse(self.request.policy)
+            policy = None if self._lowers_itself else parse(self.request.policy)
             scaler = self.session.own.scaler
-            if scaler is None and policy.loss_scaling:
+            if scaler is None and policy is not None and policy.loss_scaling:
                 scaler = GradScaler(self.session.device_type)  # as the asked policy brings one
             found = lint(
                 self.modules(),

@@ -15,6 +15,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -52,9 +53,11 @@ class PeakMemory(TorchDispatchMode):
         """Count what is alive now, and everything made from here on."""
         for item in gc.get_objects():
             if issubclass(type(item), Tensor):
-                self._see(item)
-                if item.is_leaf and item.grad is not None:
-                    self._see(item.grad)
+                # Whatever lives in the process is looked at: tensors of others that do not answer have no bytes here.
+                with suppress(Exception):
+                    self._see(item)
+                    if item.is_leaf and item.grad is not None:
+                        self._see(item.grad)
         for number in self._number.values():
             self._names[number] = OTHER
         self.__enter__()  # type: ignore[no-untyped-call,unused-ignore]

@@ -154,6 +154,9 @@ class OpObserver(TorchDispatchMode):
             lowered = self._tags is not None and self._tags.see(func, args, kwargs, result, place.phase)
             if _kind(func) != "skipped":
                 self._see(func, args, kwargs, result, place, lowered)
+            elif "empty" in place.op:  # memory of an earlier tensor: what that held is not what this one does
+                for x in _tensors((result,)):
+                    self._number.pop(_address(x), None)
         except Exception as error:
             remember(self.failures, f"observing {place.op}", error)
         return result

@@ -24,7 +24,9 @@ def summary(findings: Sequence[Finding], policy: str, looked_at: Sequence[str] =
     """
     if not findings:
         seen = f" Looked at: {', '.join(looked_at)}." if looked_at else ""
-        return [(f"Nothing found under {policy}.", True), *([(seen, False)] if seen else [])]
+        if not looked_at:
+            return [("Nothing was examined.", True), (" The notes say why.", False)]
+        return [(f"Nothing found under {policy}.", True), (seen, False)]
     parts = [(f"{counts(findings)} under {policy}.", True)]
     worst = findings[0]
     if worst.severity == Severity.NOTE:

@@ -43,7 +43,8 @@ class _Pass:
     scale: float | None
     total: _Count = field(default_factory=_Count)
     layers: dict[str, _Count] = field(default_factory=dict)
-    amax: float = 0.0
+    amax: float = 0.0  #: of the parameters' gradients
+    largest: float = 0.0  #: of all 16-bit results on the way to them
     ops: dict[Place, _Count] = field(default_factory=dict)
 
 
@@ -58,15 +59,17 @@ class GradientFlush:
         self.by_step: dict[int, dict[str, float]] = {}
         self._ops: dict[Place, _Count] = {}  # of the pass that runs
         self._task = -1  # autograd's number of it
+        self._largest = 0.0  # of all its 16-bit results
         self._pass: _Pass | None = None
 
     def see(self, event: OpEvent) -> None:
         """An op of a backward pass: where is how much lost?"""
         task = torch._C._current_graph_task_id()
         if task != self._task:  # the first op of another pass; those of the one before stay with it
-            self._task, self._ops = task, {}
+            self._task, self._ops, self._largest = task, {}, 0.0
         for value in event.outputs:
             if value.is_low and value.shadow is not None:
+                self._largest = max(self._largest, _finite_amax(value.shadow))
                 nonzero, zero = _lost(value.tensor, value.shadow)
                 count = self._ops.setdefault(event.place, _Count())
                 count.nonzero += nonzero
@@ -90,7 +93,8 @@ class GradientFlush:
             count.zero += zero
             count.nonzero += nonzero
         if shadow.numel():
-            self._pass.amax = max(self._pass.amax, float(shadow.abs().max()))
+            self._pass.amax = max(self._pass.amax, _finite_amax(shadow))
+        self._pass.largest = max(self._pass.amax, self._largest if self._task == task else 0.0)
 
     def finished(self) -> Iterator[Finding]:
         """The pass that has ended: a finding if too much of it was lost."""
@@ -105,8 +109,8 @@ class GradientFlush:
         worst = max(ops, key=lambda place: (ops[place].zero, ops[place].share))
         layer = max(done.layers, key=lambda name: (done.layers[name].share, done.layers[name].nonzero))
         scaled = f"at loss scale {done.scale:g}" if done.scale is not None else "without a loss scale"
-        # The largest gradient may go up to fp16's last octaves but one: 2**14, with two octaves left for other batches.
-        fits = 2.0 ** (12 - math.frexp(done.amax)[1] + 1) * (done.scale or 1.0) if done.amax > 0 else 65536.0
+        # The largest number on the way may go up to 2**14: two octaves of fp16 are left for other batches.
+        fits = 2.0 ** (12 - math.frexp(done.largest)[1] + 1) * (done.scale or 1.0) if done.largest > 0 else 65536.0
         yield Finding(
             "HS201",
             worst,
@@ -130,6 +134,11 @@ def _was_lost(event: OpEvent, share: float) -> bool:
             if zero >= share / 2 * max(nonzero, 1):
                 return True
     return False
+
+
+def _finite_amax(tensor: Tensor) -> float:
+    magnitude = tensor.abs()
+    return float(torch.where(magnitude.isfinite(), magnitude, 0.0).max()) if tensor.numel() else 0.0
 
 
 def _lost(here: Tensor, fp32: Tensor) -> tuple[int, int]:

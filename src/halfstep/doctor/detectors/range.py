@@ -60,6 +60,8 @@ _VANISHING = (
     "hardtanh",
     "sub",
 )
+#: Ops whose inf comes from a large input.
+_GROWING = ("exp", "pow", "cosh", "sinh", "square", "mul", "cumprod", "prod")
 #: Share of results that have to have become zero.
 _FLUSHED = 0.5
 
@@ -250,6 +252,7 @@ def _on_own_inputs(event: OpEvent, output: Value) -> Tensor | None:
 
 def _not_the_formats(event: OpEvent, output: Value, bad: Tensor) -> Finding:
     zeros = sum(int((v.tensor == 0).sum()) for v in event.inputs)
+    too_large = event.name.lstrip("_").startswith(_GROWING) and not bool(output.tensor.isnan().any())
     held = f"; its inputs hold {zeros} zeros" if zeros else ""
     return Finding(
         "HS102",
@@ -257,7 +260,10 @@ def _not_the_formats(event: OpEvent, output: Value, bad: Tensor) -> Finding:
         f"{int(bad.sum())} of {bad.numel()} results of {event.name} are inf or NaN from finite inputs, in FP32 "
         f"too{held}",
         "No number format and no loss scale can help: training without mixed precision meets it as well.",
-        "Guard this op: clamp its input away from where it is not defined (log(0), 0/0, the square root's slope at 0).",
+        "The result is beyond FP32's largest number: subtract the maximum before it, or use a form that does so inside "
+        "(logsumexp, log_softmax, cross_entropy)."
+        if too_large
+        else "Guard this op: clamp its input away from where it is not defined (log(0), 0/0, the slope of sqrt at 0).",
         Severity.ERROR,
         {"elements": int(bad.sum()), "of": bad.numel(), "zeros": zeros},
     )

@@ -86,11 +86,16 @@ def lost_updates(event: OpEvent) -> Iterator[Suspicion]:
 
 
 def is_parameter(event: OpEvent, index: int) -> bool:
-    """Whether an input is a model's weight: one that an optimizer steps, or a `torch.nn.Parameter`."""
+    """Whether an input is a weight that is trained: one that an optimizer steps, or a parameter with a gradient.
+
+    A parameter without one, written outside of any optimizer, is a copy: an average of weights.
+    """
     if index in event.parameters:
         return True
     arguments = _floating_tensors(event)
-    return index < len(arguments) and isinstance(arguments[index], torch.nn.Parameter)
+    if index >= len(arguments) or not isinstance(arguments[index], torch.nn.Parameter):
+        return False
+    return event.place.phase == "optimizer" or arguments[index].grad is not None
 
 
 def _is_running_value(event: OpEvent, index: int) -> bool:
