@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halfstep.optim import masters
+from halfstep.optim import masters, pages
 from halfstep.optim.layout import flat, is_dense, is_sharded, like, local
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def adopt(
             state.update(optimizer.new_state(parameter, group, optimizer.rule(group)))
         name, dtype = kept_as
         if name not in state or state[name].dtype is not dtype:  # steps were taken in FP32, where it needs none
-            state[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            state[name] = pages.zeros_like(parameter, dtype)
         if not is_sharded(state[name]):
             state[name] = like(state[name], dense)
         kept = flat(local(state[name]))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from halfstep.optim import backends, masters, moments
+from halfstep.optim import backends, masters, moments, pages
 from halfstep.optim.adopting import adopt
 from halfstep.optim.backends import BackendName
 from halfstep.optim.jobs import Jobs
@@ -245,7 +245,7 @@ class MasterOptimizer(Optimizer):
         extra = masters.extra(group["master"], _rounding(group), parameter.dtype)
         if extra is not None:
             name, dtype = extra
-            state[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            state[name] = pages.zeros_like(parameter, dtype)
             if name == "master":
                 state[name].copy_(parameter)
         form = moments.format_for(group["state"], parameter.shape)
@@ -253,7 +253,7 @@ class MasterOptimizer(Optimizer):
             form = "fp32"
         for name, square in rule.states:
             dtype = (moments.SQUARE_DTYPES if square else moments.SIGNED_DTYPES)[form]
-            state[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            state[name] = pages.zeros_like(parameter, dtype)
             if form == "8bit":
                 state[f"{name}_scale"] = _new_scale(parameter)
         return state

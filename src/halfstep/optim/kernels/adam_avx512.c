@@ -2,7 +2,7 @@
  *
  * Why by hand: one thread has some thirty cycles for sixteen elements before it is slower than memory. A square root
  * takes ten of them and a division six, and compilers neither know that the division by sqrt(1 - beta2^t) can be done
- * with multiplications, nor handle halves well. What is rare (a NaN that must become the canonical one, the end of a
+ * with two multiplications (division.h), nor handle halves well. What is rare (a NaN that must become the canonical one, the end of a
  * row) goes to the other loops instead; nothing has been stored by then.
  */
 #include "avx512.h"
@@ -41,7 +41,7 @@ WIDE __m512i dithered_bf16(__m512 x, struct stream noise, __m512i place, uint32_
 
 /* Thirty-two elements; 0 where the other loops must do them. */
 WIDE int adam_32(const struct plan *plan, const struct scalars *with, int64_t i, enum hs_format parameter,
-                 enum hs_format kept, int dithered, enum hs_format state) {
+                 enum hs_format kept, int dithered, enum hs_format state, int in_two) {
     const int64_t later = i + AHEAD;
     ask_for(plan->job.gradient, later, 32, size_of(parameter));
     ask_for(plan->job.parameter, later, 32, size_of(parameter));
@@ -59,8 +59,8 @@ WIDE int adam_32(const struct plan *plan, const struct scalars *with, int64_t i,
     wide_moments(with, g.first, &m.first, &v.first);
     wide_moments(with, g.second, &m.second, &v.second);
     const __m512 shrink = _mm512_set1_ps(with->shrink);
-    x.first = _mm512_add_ps(_mm512_mul_ps(x.first, shrink), wide_step(with, m.first, _mm512_sqrt_ps(v.first)));
-    x.second = _mm512_add_ps(_mm512_mul_ps(x.second, shrink), wide_step(with, m.second, _mm512_sqrt_ps(v.second)));
+    x.first = _mm512_add_ps(_mm512_mul_ps(x.first, shrink), wide_step(with, m.first, _mm512_sqrt_ps(v.first), in_two));
+    x.second = _mm512_add_ps(_mm512_mul_ps(x.second, shrink), wide_step(with, m.second, _mm512_sqrt_ps(v.second), in_two));
 
     /* A NaN in m or v has by now made one of x. Infinities may be rounded like numbers: nothing below 2^16 changes
      * their upper half. */
@@ -86,22 +86,26 @@ WIDE int adam_32(const struct plan *plan, const struct scalars *with, int64_t i,
 }
 
 WIDE void adam(const struct plan *plan, int64_t begin, int64_t count, int64_t group, enum hs_format parameter,
-               enum hs_format kept, int dithered, enum hs_format state) {
+               enum hs_format kept, int dithered, enum hs_format state, int in_two) {
     const struct scalars with = scalars_of(plan);
     const int64_t end = begin + count;
     for (; begin + 32 <= end; begin += 32)
-        if (!adam_32(plan, &with, begin, parameter, kept, dithered, state)) plan->rare(plan, begin, 32, group);
+        if (!adam_32(plan, &with, begin, parameter, kept, dithered, state, in_two)) plan->rare(plan, begin, 32, group);
     if (begin < end) plan->rare(plan, begin, end - begin, group);
 }
 
-#define LOOP(name, parameter, kept, dithered, state)                                            \
+#define LOOP(name, parameter, kept, dithered, state, in_two)                                    \
     WIDE_LOOP void name(const struct plan *plan, int64_t begin, int64_t count, int64_t group) { \
-        adam(plan, begin, count, group, parameter, kept, dithered, state);                      \
+        adam(plan, begin, count, group, parameter, kept, dithered, state, in_two);              \
     }
 
-#define LOOPS(name, parameter, kept, dithered)              \
-    LOOP(name##_fp32, parameter, kept, dithered, HS_FP32) \
-    LOOP(name##_bf16, parameter, kept, dithered, HS_BF16)
+/* By whether the state is FP32, and whether division takes two operations. */
+#define LOOPS(name, parameter, kept, dithered)                          \
+    LOOP(name##_fp32, parameter, kept, dithered, HS_FP32, 0)            \
+    LOOP(name##_bf16, parameter, kept, dithered, HS_BF16, 0)            \
+    LOOP(name##_fp32_in_two, parameter, kept, dithered, HS_FP32, 1)     \
+    LOOP(name##_bf16_in_two, parameter, kept, dithered, HS_BF16, 1)     \
+    static const hs_segment name[2][2] = {{name##_bf16, name##_bf16_in_two}, {name##_fp32, name##_fp32_in_two}};
 
 LOOPS(fp32, HS_FP32, HS_ABSENT, 0)
 LOOPS(fp16_exact, HS_FP16, HS_INT16, 0)
@@ -117,14 +121,13 @@ hs_segment hs_wide_adam(const struct plan *plan) {
     if (plan->kind != HS_ADAM || plan->amsgrad || plan->decay != 0.0f || plan->first.from_end) return 0;
     if (plan->gradient != plan->parameter || plan->states[1] != state) return 0;
     if (state != HS_FP32 && state != HS_BF16) return 0;
-    const int wide = state == HS_FP32;
-    if (plan->parameter == HS_FP32) return wide ? fp32_fp32 : fp32_bf16;
-    if (plan->parameter == HS_FP16) return kept != HS_INT16 ? 0 : wide ? fp16_exact_fp32 : fp16_exact_bf16;
-    if (kept == HS_INT16) return wide ? bf16_exact_fp32 : bf16_exact_bf16;
-    if (kept == HS_FP32) return wide ? bf16_separate_fp32 : bf16_separate_bf16;
-    if (kept == HS_INT8 && plan->dithered) return wide ? bf16_24bit_dithered_fp32 : bf16_24bit_dithered_bf16;
-    if (kept == HS_INT8) return wide ? bf16_24bit_fp32 : bf16_24bit_bf16;
-    if (kept == HS_ABSENT && plan->dithered) return wide ? bf16_alone_dithered_fp32 : bf16_alone_dithered_bf16;
+    const int wide = state == HS_FP32, in_two = divides_in_two(divisor_of(plan->root));
+    if (plan->parameter == HS_FP32) return fp32[wide][in_two];
+    if (plan->parameter == HS_FP16) return kept != HS_INT16 ? 0 : fp16_exact[wide][in_two];
+    if (kept == HS_INT16) return bf16_exact[wide][in_two];
+    if (kept == HS_FP32) return bf16_separate[wide][in_two];
+    if (kept == HS_INT8) return plan->dithered ? bf16_24bit_dithered[wide][in_two] : bf16_24bit[wide][in_two];
+    if (kept == HS_ABSENT && plan->dithered) return bf16_alone_dithered[wide][in_two];
     return 0;
 }
 

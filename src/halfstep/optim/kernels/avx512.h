@@ -7,6 +7,7 @@
 #ifndef HALFSTEP_AVX512_H
 #define HALFSTEP_AVX512_H
 
+#include "division.h"
 #include "plan.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(HS_PORTABLE)
@@ -84,28 +85,11 @@ WIDE void store_fp32(void *array, int64_t i, struct pair x) {
 /* Whether a NaN is among them: a comparison with two operands looks at both. */
 WIDE int has_nan(struct pair x) { return _mm512_cmp_ps_mask(x.first, x.second, _CMP_UNORD_Q) != 0; }
 
-/* x / divisor, correctly rounded, for x >= 0 and a divisor that many x share.
- *
- * Markstein's theorem: with y the correctly rounded reciprocal and q within one unit of x / divisor, q + (x - divisor
- * q) y rounds to the quotient. 1 / divisor = lower + rest to 48 bits makes q good enough; both are positive, so that an
- * infinite x stays one. Exact for divisors in [2^-40, 1] and square roots x.
- */
-struct divisor {
-    float value, reciprocal, lower, rest;
-};
-
-ALWAYS struct divisor divisor_of(float value) {
-    const double exact = 1.0 / (double)value;
-    const float nearest = (float)exact;
-    const float lower = (double)nearest > exact ? float_of(bits_of(nearest) - 1) : nearest;
-    return (struct divisor){value, nearest, lower, (float)(exact - (double)lower)};
-}
-
-ALWAYS int can_divide_by(float value) { return value >= 0x1p-40f && value <= 1.0f; }
-
-WIDE __m512 divide(__m512 x, struct divisor by) {
+/* division.h for sixteen x: without the residual where `in_two`. */
+WIDE __m512 divide(__m512 x, struct divisor by, int in_two) {
     const __m512 rest = _mm512_mul_ps(x, _mm512_set1_ps(by.rest));
     const __m512 quotient = _mm512_fmadd_ps(x, _mm512_set1_ps(by.lower), rest);
+    if (in_two) return quotient;
     const __m512 missing = _mm512_fnmadd_ps(quotient, _mm512_set1_ps(by.value), x);
     const __mmask16 finite = _mm512_cmp_ps_mask(quotient, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
     return _mm512_mask3_fmadd_ps(missing, _mm512_set1_ps(by.reciprocal), quotient, finite);
@@ -220,8 +204,8 @@ WIDE void wide_moments(const struct scalars *with, __m512 g, __m512 *m, __m512 *
     *v = _mm512_fmadd_ps(square, g, _mm512_mul_ps(_mm512_set1_ps(with->beta2), *v));
 }
 
-WIDE __m512 wide_step(const struct scalars *with, __m512 m, __m512 root) {
-    const __m512 denominator = _mm512_add_ps(divide(root, with->root), _mm512_set1_ps(with->eps));
+WIDE __m512 wide_step(const struct scalars *with, __m512 m, __m512 root, int in_two) {
+    const __m512 denominator = _mm512_add_ps(divide(root, with->root, in_two), _mm512_set1_ps(with->eps));
     return _mm512_div_ps(_mm512_mul_ps(_mm512_set1_ps(with->minus_size), m), denominator);
 }
 

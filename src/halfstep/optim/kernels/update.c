@@ -5,15 +5,18 @@
 
 #include "plan.h"
 
-/* Elements in a piece of work: a whole number of groups, large beside the cost of taking it, small enough that
- * threads end together. */
-#define PIECE 32768
+/* Elements in a piece of work, a whole number of groups: large, since memory is read ahead only within one, but so
+ * small that each thread has PIECES of them on average, and threads end together. */
+#define LARGEST 131072
+#define SMALLEST 16384
+#define PIECES 16
 /* A thread is not worth starting for less. */
 #define WORTH 65536
 
 struct shared {
     const struct plan *plans;
     int64_t count;
+    int64_t piece; /* groups in a piece */
     int64_t pieces;
     atomic_llong next;
 };
@@ -23,11 +26,11 @@ static int64_t groups_in_row(const struct plan *plan) { return (plan->row + GROU
 static int64_t rows_of(const struct plan *plan) { return plan->row ? plan->job.numel / plan->row : 0; }
 
 /* Pieces count in groups, which never cross a row. */
-static void do_piece(const struct plan *plan, int64_t piece) {
+static void do_piece(const struct plan *plan, int64_t piece, int64_t size) {
     const int64_t in_row = groups_in_row(plan);
     const int64_t all = in_row * rows_of(plan);
-    int64_t group = piece * (PIECE / GROUP);
-    const int64_t end = all - group < PIECE / GROUP ? all : group + PIECE / GROUP;
+    int64_t group = piece * size;
+    const int64_t end = all - group < size ? all : group + size;
     while (group < end) {
         const int64_t row = group / in_row, within = group % in_row;
         const int64_t taken = end - group < in_row - within ? end - group : in_row - within;
@@ -45,7 +48,7 @@ static void do_pieces(void *context) {
         const int64_t piece = atomic_fetch_add_explicit(&shared->next, 1, memory_order_relaxed);
         if (piece >= shared->pieces) return;
         while (which + 1 < shared->count && shared->plans[which + 1].first_piece <= piece) which++;
-        do_piece(&shared->plans[which], piece - shared->plans[which].first_piece);
+        do_piece(&shared->plans[which], piece - shared->plans[which].first_piece, shared->piece);
     }
 }
 
@@ -137,27 +140,32 @@ static int set_plan(struct plan *plan, const struct hs_job *job, const struct hs
     return 1;
 }
 
+static int64_t piece_for(int64_t elements, int32_t threads) {
+    const int64_t fair = elements / (PIECES * (threads > 1 ? threads : 1));
+    return (fair < SMALLEST ? SMALLEST : fair > LARGEST ? LARGEST : fair) / GROUP;
+}
+
 int32_t hs_update(const struct hs_job *jobs, int64_t count, const struct hs_rule *rule, const float *coefficient,
                   const float *found_inf, int32_t threads) {
     if (found_inf && *found_inf != 0.0f) return HS_DONE;
     struct plan *plans = malloc((size_t)(count ? count : 1) * sizeof *plans);
     if (!plans) return HS_NO_MEMORY;
-    struct shared shared = {plans, count, 0, 0};
     int64_t elements = 0;
     for (int64_t i = 0; i < count; i++) {
-        struct plan *plan = &plans[i];
-        if (!set_plan(plan, &jobs[i], rule, coefficient ? *coefficient : 1.0f)) {
+        if (!set_plan(&plans[i], &jobs[i], rule, coefficient ? *coefficient : 1.0f)) {
             free(plans);
             return HS_UNKNOWN_FORMAT;
         }
-        plan->first_piece = shared.pieces;
-        const int64_t groups = groups_in_row(plan) * rows_of(plan);
-        shared.pieces += (groups + PIECE / GROUP - 1) / (PIECE / GROUP);
-        elements += plan->job.numel;
+        elements += jobs[i].numel;
+    }
+    if (threads > elements / WORTH + 1) threads = (int32_t)(elements / WORTH + 1);
+    struct shared shared = {plans, count, piece_for(elements, threads), 0, 0};
+    for (int64_t i = 0; i < count; i++) {
+        plans[i].first_piece = shared.pieces;
+        shared.pieces += (groups_in_row(&plans[i]) * rows_of(&plans[i]) + shared.piece - 1) / shared.piece;
     }
     for (int64_t i = 0; i < count; i++) *jobs[i].step += 1.0f; /* only now: a refused table changes nothing */
-    const int64_t worth = elements / WORTH + 1;
-    hs_run(threads < worth ? threads : (int)worth, do_pieces, &shared);
+    hs_run(threads, do_pieces, &shared);
     free(plans);
     return HS_DONE;
 }

@@ -1,0 +1,164 @@
+"""Optimizer state in huge pages: PyTorch's zeros in every respect but where they lie."""
+
+from __future__ import annotations
+
+import copy
+import io
+import mmap
+import os
+import re
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfstep import optim
+from halfstep.optim.pages import HUGE, zeros_like
+
+linux = pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists() or not hasattr(mmap, "MADV_HUGEPAGE"),
+    reason="huge pages are asked for on Linux alone",
+)
+
+
+def is_asked_for(address: int) -> bool:
+    """Whether the system knows that huge pages are wanted where a byte lies."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if borders := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(borders[1], 16) <= address < int(borders[2], 16)
+        elif here and line.startswith("VmFlags"):
+            return "hg" in line.split()
+    raise LookupError(f"nothing is mapped at {address:#x}")
+
+
+def resident(begin: int, end: int) -> int:
+    """Bytes of a range of addresses that occupy memory."""
+    first, last = begin // mmap.PAGESIZE, -(-end // mmap.PAGESIZE)
+    with Path("/proc/self/pagemap").open("rb") as entries:
+        entries.seek(8 * first)
+        found = array("Q", entries.read(8 * (last - first)))
+    return mmap.PAGESIZE * sum(entry >> 63 for entry in found)
+
+
+PATTERNS: dict[str, Callable[[], Tensor]] = {
+    "contiguous": lambda: torch.ones(1024, 1025),
+    "channels last": lambda: torch.ones(8, 16, 64, 200).to(memory_format=torch.channels_last),
+    "transposed": lambda: torch.ones(1500, 1024).t(),
+    "with gaps": lambda: torch.ones(1024, 2050)[:, ::2],
+    "small": lambda: torch.ones(7),
+    "empty": lambda: torch.ones(0, 3),
+    "without dimensions": lambda: torch.ones(()),
+    "just a page": lambda: torch.ones(HUGE // 4),
+    "a parameter": lambda: torch.nn.Parameter(torch.ones(1024, 1024)),
+    "meta": lambda: torch.ones(2048, 2048, device="meta"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("case", PATTERNS)
+def test_it_is_what_torch_gives(case: str, dtype: torch.dtype) -> None:
+    pattern = PATTERNS[case]()
+    ours, theirs = zeros_like(pattern, dtype), torch.zeros_like(pattern, dtype=dtype, requires_grad=False)
+    assert (ours.shape, ours.stride(), ours.dtype, ours.device) == (
+        theirs.shape,
+        theirs.stride(),
+        theirs.dtype,
+        theirs.device,
+    )
+    assert ours.untyped_storage().nbytes() == theirs.untyped_storage().nbytes()
+    assert ours.storage_offset() == 0
+    assert not ours.requires_grad
+    if ours.device.type != "meta":
+        assert torch.equal(ours, theirs)
+        ours.fill_(1)
+        assert ours.double().sum() == ours.numel()
+
+
+@linux
+@pytest.mark.parametrize("numel", [HUGE // 4, HUGE // 4 + 1, 3 * HUGE // 4, 1_300_001])
+def test_it_begins_at_a_huge_page_and_asks_for_whole_ones_only(numel: int) -> None:
+    state = zeros_like(torch.ones(numel), torch.float32)
+    begin, end = state.data_ptr(), state.data_ptr() + numel * 4
+    assert begin % HUGE == 0
+    border = begin + numel * 4 // HUGE * HUGE
+    assert is_asked_for(begin)
+    assert is_asked_for(border - 1)
+    assert end == border or not is_asked_for(border)
+    small = zeros_like(torch.ones(HUGE // 4 - 1), torch.float32)
+    assert small.data_ptr() % HUGE != 0  # what malloc gives lies behind a header
+
+
+@linux
+def test_memory_is_occupied_where_it_is_written() -> None:
+    size = 3 * HUGE // 2
+    states = [zeros_like(torch.ones(size // 4), torch.float32) for _ in range(4)]
+    assert [resident(state.data_ptr(), state.data_ptr() + size) for state in states] == [0, 0, 0, 0]
+    for state in states:
+        state.fill_(1)
+    assert [resident(state.data_ptr(), state.data_ptr() + size) for state in states] == [size] * 4
+
+
+@linux
+def test_memory_goes_back_with_the_last_tensor() -> None:
+    state = zeros_like(torch.ones(HUGE), torch.float32).fill_(1)
+    address, view = state.data_ptr(), state[HUGE // 2 :]
+    del state
+    assert float(view.sum()) == HUGE // 2
+    assert resident(address, address + 4 * HUGE) == 4 * HUGE
+    del view
+    assert resident(address, address + 4 * HUGE) == 0
+
+
+@linux
+def test_where_the_system_has_none_torch_gives_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr("halfstep.optim.pages.mmap.mmap", Refusing)
+    state = zeros_like(torch.ones(1024, 1024), torch.float32)
+    assert state.sum() == 0
+    assert state.data_ptr() % HUGE != 0
+
+
+def a_step(weight: Tensor) -> tuple[torch.nn.Parameter, optim.AdamW]:
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = optim.AdamW([parameter], lr=1e-2)
+    parameter.grad = torch.linspace(-1, 1, weight.numel()).to(weight.dtype).view_as(weight)
+    optimizer.step()
+    return parameter, optimizer
+
+
+def test_optimizers_keep_their_state_there_and_hand_it_on() -> None:
+    parameter, optimizer = a_step(torch.linspace(-1, 1, 1 << 20).bfloat16().view(1024, 1024))
+    state = optimizer.state[parameter]
+    if not linux.args[0]:
+        assert all(state[name].data_ptr() % HUGE == 0 for name in ("exp_avg", "exp_avg_sq", "remainder"))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    assert len(file.getvalue()) < 10 * (1 << 20) + 100_000  # 4 + 4 + 2 bytes each: no room around them is saved
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["state"][0]
+    copied = copy.deepcopy(optimizer).state_dict()["state"][0]
+    for name, value in optimizer.state_dict()["state"][0].items():
+        assert torch.equal(loaded[name], value), name
+        assert torch.equal(copied[name], value), name
+        assert loaded[name].data_ptr() != value.data_ptr() != copied[name].data_ptr()
+    shared = state["exp_avg"].clone()
+    assert torch.equal(state["exp_avg"].share_memory_(), shared)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_a_copy_of_its_own() -> None:
+    state = zeros_like(torch.ones(1024, 1024), torch.float32)
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        state[0, 0] = 1  # one element: torch's threads did not come along
+        os._exit(0 if state[0, 0].item() == 1 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert state.sum() == 0
