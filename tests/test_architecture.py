@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,6 +157,12 @@ def test_every_module_says_what_it_is_and_is_read_in_one_sitting(path: Path) -> 
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring is not None and len(docstring) > 20
     assert len(text.splitlines()) <= 400
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    # Test folders are no packages, so pytest collects no second file of one name: it stops there.
+    names = Counter(path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_import_loads_no_plotting_no_compiler_and_no_command_line() -> None:
