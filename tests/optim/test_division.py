@@ -1,6 +1,7 @@
 """Division by a number known beforehand: what kernels/division.h says of a divisor holds for every fraction of x.
 
 A program in C is made of the header and goes through all 2^23 of them: a float's exponent does not matter there.
+Steps of Adam then show that the loops divide as the header says.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from native_cases import CorrectRoots, assert_same_bits, clone, make_job
+from torch import Tensor
 
 import halfstep.optim
+from halfstep.optim import eager, native
+from halfstep.optim.rules import Adam
 
 KERNELS = Path(halfstep.optim.__file__).parent / "kernels"
 COMPILER = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
@@ -77,3 +83,31 @@ def test_the_divisors_that_two_operations_divide_by_are_told_from_the_others(tmp
     too_careful = (said == 0) & (wrong == 0) & (np.log2(divisors) % 1 != 0)
     assert too_careful.mean() < 0.01, divisors[too_careful]
     assert 0.85 < said.mean() < 0.98  # both kinds occur
+
+
+def hard_to_divide(divisor: float) -> Tensor:
+    """Those of the float32 in [1, 4) whose quotients lie nearest to a middle between two floats."""
+    x = torch.arange(1 << 23, 1 << 24).double().mul_(2.0**-23)
+    x = torch.cat((x, 2 * x))
+    places = torch.frexp(x / torch.tensor(divisor).double()).mantissa * 2**24
+    return x[(places - places.floor() - 0.5).abs() < 2.0**-21].float()
+
+
+@pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "there")
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6, 7, 23, 24])  # of 2, 4, 23 and 24 two operations are not enough
+def test_adam_divides_right_where_it_is_hard(step: int) -> None:
+    beta2 = 0.5  # an average's product with it is exact: the root is what this test chose
+    hard = hard_to_divide((1 - beta2**step) ** 0.5)
+    assert len(hard) > 0
+    rule = Adam(1.0, 0.9, beta2, 0.0, 0, True, False, False)
+    ours = make_job(rule, torch.float32, torch.float32, "none", "nearest", "fp32", shape=(32 * len(hard),))
+    ours.step.fill_(step - 1)
+    ours.parameter.zero_()
+    ours.gradient.zero_()
+    ours.states[0].copy_(torch.rand(ours.parameter.shape, generator=torch.Generator().manual_seed(step)))
+    ours.states[1].copy_((hard.double().square() / beta2).float().repeat_interleave(32))
+    theirs = clone(ours)
+    native.update([ours], rule, stochastic=False, coefficient=None, found_inf=None)
+    with CorrectRoots():
+        eager.update([theirs], rule, stochastic=False, coefficient=None, found_inf=None)
+    assert_same_bits(ours, theirs, step)

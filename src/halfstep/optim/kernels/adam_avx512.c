@@ -2,38 +2,12 @@
  *
  * Why by hand: one thread has some thirty cycles for sixteen elements before it is slower than memory. A square root
  * takes ten of them and a division six, and compilers neither know that the division by sqrt(1 - beta2^t) can be done
- * with two multiplications (division.h), nor handle halves well. What is rare (a NaN that must become the canonical one, the end of a
- * row) goes to the other loops instead; nothing has been stored by then.
+ * with two multiplications (division.h), nor handle halves well. What is rare (a NaN that must become the canonical
+ * one, the end of a row) goes to the other loops instead; nothing has been stored by then.
  */
 #include "avx512.h"
 
 #ifdef HS_AVX512
-
-/* Elements between what is worked on and what memory is asked for: measured; half and double are as good. */
-#define AHEAD 96
-
-/* 2^(field - 39) of fp16 halves as a float, or its reciprocal. */
-WIDE __m512 wide_unit(__m256i halves, int reciprocal) {
-    const __m512i masked = _mm512_cvtepu16_epi32(_mm256_and_si256(halves, _mm256_set1_epi16(0x7C00)));
-    const __m512i field = _mm512_slli_epi32(masked, 13);
-    return floats(reciprocal ? _mm512_sub_epi32(all((127 + 39) << 23), field)
-                             : _mm512_add_epi32(field, all((127 - 39) << 23)));
-}
-
-WIDE __m512 join_fp16(const uint16_t *parameter, const int16_t *remainder) {
-    const __m256i halves = _mm256_loadu_si256((const __m256i *)parameter);
-    const __m512i counts = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)remainder));
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(counts), wide_unit(halves, 0), _mm512_cvtph_ps(halves));
-}
-
-WIDE void split_fp16(__m512 x, uint16_t *parameter, int16_t *remainder) {
-    const __m256i halves = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-    const __m512 lost = _mm512_sub_ps(x, _mm512_cvtph_ps(halves));
-    /* Of inf and NaN this is -2^31, of which the lower half is 0: what is due. */
-    const __m512i counts = _mm512_cvtps_epi32(_mm512_mul_ps(lost, wide_unit(halves, 1)));
-    _mm256_storeu_si256((__m256i *)parameter, halves);
-    _mm256_storeu_si256((__m256i *)remainder, _mm512_cvtepi32_epi16(counts));
-}
 
 WIDE __m512i dithered_bf16(__m512 x, struct stream noise, __m512i place, uint32_t after) {
     return _mm512_add_epi32(integers(x), _mm512_srli_epi32(wide_dither(noise, place, after), 16));
@@ -42,25 +16,18 @@ WIDE __m512i dithered_bf16(__m512 x, struct stream noise, __m512i place, uint32_
 /* Thirty-two elements; 0 where the other loops must do them. */
 WIDE int adam_32(const struct plan *plan, const struct scalars *with, int64_t i, enum hs_format parameter,
                  enum hs_format kept, int dithered, enum hs_format state, int in_two) {
-    const int64_t later = i + AHEAD;
-    ask_for(plan->job.gradient, later, 32, size_of(parameter));
-    ask_for(plan->job.parameter, later, 32, size_of(parameter));
-    if (kept != HS_ABSENT) ask_for(plan->job.kept, later, 32, size_of(kept));
-    ask_for(plan->job.states[0], later, 32, size_of(state));
-    ask_for(plan->job.states[1], later, 32, size_of(state));
-
-    uint16_t *half = (uint16_t *)plan->job.parameter + (parameter == HS_FP16 ? i : 0);
-    int16_t *remainder = (int16_t *)plan->job.kept + (parameter == HS_FP16 ? i : 0);
-    const struct pair g = load(plan->job.gradient, i, parameter);
-    struct pair x = parameter == HS_FP16
-                        ? (struct pair){join_fp16(half, remainder), join_fp16(half + 16, remainder + 16)}
-                        : load_master(plan, i, parameter, kept);
+    ask_ahead(plan, i, parameter, kept, state, state);
+    struct pair g = load_gradient(plan, i, parameter);
+    struct pair x = load_master(plan, i, parameter, kept);
+    if (plan->decay != 0.0f) g = decayed(plan, g, x);
     struct pair m = load(plan->job.states[0], i, state), v = load(plan->job.states[1], i, state);
     wide_moments(with, g.first, &m.first, &v.first);
     wide_moments(with, g.second, &m.second, &v.second);
     const __m512 shrink = _mm512_set1_ps(with->shrink);
-    x.first = _mm512_add_ps(_mm512_mul_ps(x.first, shrink), wide_step(with, m.first, _mm512_sqrt_ps(v.first), in_two));
-    x.second = _mm512_add_ps(_mm512_mul_ps(x.second, shrink), wide_step(with, m.second, _mm512_sqrt_ps(v.second), in_two));
+    const __m512 first = wide_step(with, m.first, _mm512_sqrt_ps(v.first), in_two);
+    const __m512 second = wide_step(with, m.second, _mm512_sqrt_ps(v.second), in_two);
+    x.first = _mm512_add_ps(_mm512_mul_ps(x.first, shrink), first);
+    x.second = _mm512_add_ps(_mm512_mul_ps(x.second, shrink), second);
 
     /* A NaN in m or v has by now made one of x. Infinities may be rounded like numbers: nothing below 2^16 changes
      * their upper half. */
@@ -76,21 +43,17 @@ WIDE int adam_32(const struct plan *plan, const struct scalars *with, int64_t i,
         _mm512_storeu_si512((uint16_t *)plan->job.states[0] + i, bf16_of(m));
         _mm512_storeu_si512((uint16_t *)plan->job.states[1] + i, uppers(moved));
     }
-    if (parameter == HS_FP16) {
-        split_fp16(x.first, half, remainder);
-        split_fp16(x.second, half + 16, remainder + 16);
-    } else {
-        store_master(plan, i, x, parameter, kept, dithered);
-    }
+    store_master(plan, i, x, parameter, kept, dithered);
     return 1;
 }
 
 WIDE void adam(const struct plan *plan, int64_t begin, int64_t count, int64_t group, enum hs_format parameter,
                enum hs_format kept, int dithered, enum hs_format state, int in_two) {
     const struct scalars with = scalars_of(plan);
+    const struct plan own = *plan; /* which nothing that is stored can change */
     const int64_t end = begin + count;
     for (; begin + 32 <= end; begin += 32)
-        if (!adam_32(plan, &with, begin, parameter, kept, dithered, state, in_two)) plan->rare(plan, begin, 32, group);
+        if (!adam_32(&own, &with, begin, parameter, kept, dithered, state, in_two)) plan->rare(plan, begin, 32, group);
     if (begin < end) plan->rare(plan, begin, end - begin, group);
 }
 
@@ -118,7 +81,7 @@ LOOPS(bf16_alone_dithered, HS_BF16, HS_ABSENT, 1)
 hs_segment hs_wide_adam(const struct plan *plan) {
     const enum hs_format kept = plan->kept, state = plan->states[0];
     if (!has_avx512() || !can_divide_by(plan->root)) return 0;
-    if (plan->kind != HS_ADAM || plan->amsgrad || plan->decay != 0.0f || plan->first.from_end) return 0;
+    if (plan->kind != HS_ADAM || plan->amsgrad || plan->first.from_end) return 0;
     if (plan->gradient != plan->parameter || plan->states[1] != state) return 0;
     if (state != HS_FP32 && state != HS_BF16) return 0;
     const int wide = state == HS_FP32, in_two = divides_in_two(divisor_of(plan->root));

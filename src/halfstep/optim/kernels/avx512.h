@@ -1,5 +1,5 @@
-/* Vectors of sixteen FP32 numbers for processors with AVX-512: what the loops of adam_avx512.c and
- * adam_8bit_avx512.c share.
+/* Vectors of sixteen FP32 numbers for processors with AVX-512: what the loops of adam_avx512.c,
+ * adam_8bit_avx512.c and momentum_avx512.c share.
  *
  * Sixteen-bit halves are handled thirty-two at a time. An FP32 number is two of them, and one instruction interleaves
  * or separates two vectors of halves, so that most of decoding and encoding happens on twice as many elements at once.
@@ -132,9 +132,37 @@ WIDE struct pair agreed(__m512i halves, struct pair master) {
                          _mm512_mask_mov_ps(near.second, (__mmask16)(same >> 16), master.second)};
 }
 
-/* masters.py's decode and encode for thirty-two FP32 or bf16 parameters; x holds no NaN. */
+/* 2^(field - 39) of fp16 halves as a float, or its reciprocal. */
+WIDE __m512 wide_unit(__m256i halves, int reciprocal) {
+    const __m512i masked = _mm512_cvtepu16_epi32(_mm256_and_si256(halves, _mm256_set1_epi16(0x7C00)));
+    const __m512i field = _mm512_slli_epi32(masked, 13);
+    return floats(reciprocal ? _mm512_sub_epi32(all((127 + 39) << 23), field)
+                             : _mm512_add_epi32(field, all((127 - 39) << 23)));
+}
+
+WIDE __m512 join_fp16(const uint16_t *parameter, const int16_t *remainder) {
+    const __m256i halves = _mm256_loadu_si256((const __m256i *)parameter);
+    const __m512i counts = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)remainder));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(counts), wide_unit(halves, 0), _mm512_cvtph_ps(halves));
+}
+
+WIDE void split_fp16(__m512 x, uint16_t *parameter, int16_t *remainder) {
+    const __m256i halves = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+    const __m512 lost = _mm512_sub_ps(x, _mm512_cvtph_ps(halves));
+    /* Of inf and NaN this is -2^31, of which the lower half is 0: what is due. */
+    const __m512i counts = _mm512_cvtps_epi32(_mm512_mul_ps(lost, wide_unit(halves, 1)));
+    _mm256_storeu_si256((__m256i *)parameter, halves);
+    _mm256_storeu_si256((__m256i *)remainder, _mm512_cvtepi32_epi16(counts));
+}
+
+/* masters.py's decode and encode for thirty-two parameters; x of bf16 ones holds no NaN. */
 WIDE struct pair load_master(const struct plan *plan, int64_t i, enum hs_format parameter, enum hs_format kept) {
     if (parameter == HS_FP32) return load(plan->job.parameter, i, HS_FP32);
+    if (parameter == HS_FP16) {
+        const uint16_t *half = (const uint16_t *)plan->job.parameter + i;
+        const int16_t *remainder = (const int16_t *)plan->job.kept + i;
+        return (struct pair){join_fp16(half, remainder), join_fp16(half + 16, remainder + 16)};
+    }
     const __m512i halves = _mm512_loadu_si512((const uint16_t *)plan->job.parameter + i);
     const char *beside = (const char *)plan->job.kept + i * size_of(kept);
     if (kept == HS_INT8)
@@ -152,6 +180,11 @@ WIDE void store_master(const struct plan *plan, int64_t i, struct pair x, enum h
     }
     uint16_t *half = (uint16_t *)plan->job.parameter + i;
     char *beside = (char *)plan->job.kept + i * size_of(kept);
+    if (parameter == HS_FP16) {
+        split_fp16(x.first, half, (int16_t *)beside);
+        split_fp16(x.second, half + 16, (int16_t *)beside + 16);
+        return;
+    }
     if (kept == HS_FP32) {
         _mm512_storeu_si512(half, bf16_of(x));
         store_fp32(plan->job.kept, i, x);
@@ -185,20 +218,49 @@ WIDE void store_master(const struct plan *plan, int64_t i, struct pair x, enum h
         _mm256_storeu_si256((__m256i *)beside, _mm512_cvtepi16_epi8(_mm512_srli_epi16(lower, 8)));
 }
 
+/* Elements between what is worked on and what memory is asked for: measured; half and double are as good. */
+#define AHEAD 96
+
+WIDE void ask_ahead(const struct plan *plan, int64_t i, enum hs_format parameter, enum hs_format kept,
+                    enum hs_format first, enum hs_format second) {
+    const int64_t later = i + AHEAD;
+    ask_for(plan->job.gradient, later, 32, size_of(parameter));
+    ask_for(plan->job.parameter, later, 32, size_of(parameter));
+    if (kept != HS_ABSENT) ask_for(plan->job.kept, later, 32, size_of(kept));
+    if (first != HS_ABSENT) ask_for(plan->job.states[0], later, 32, size_of(first));
+    if (second != HS_ABSENT) ask_for(plan->job.states[1], later, 32, size_of(second));
+}
+
+WIDE struct pair load_gradient(const struct plan *plan, int64_t i, enum hs_format format) {
+    const struct pair g = load(plan->job.gradient, i, format);
+    const __m512 coefficient = _mm512_set1_ps(plan->coefficient);
+    return (struct pair){_mm512_mul_ps(g.first, coefficient), _mm512_mul_ps(g.second, coefficient)};
+}
+
+/* Weight decay that goes through the gradient. */
+WIDE struct pair decayed(const struct plan *plan, struct pair g, struct pair x) {
+    const __m512 decay = _mm512_set1_ps(plan->decay);
+    return (struct pair){_mm512_fmadd_ps(decay, x.first, g.first), _mm512_fmadd_ps(decay, x.second, g.second)};
+}
+
 /* The scalars of a step of Adam. */
 struct scalars {
-    float coefficient, shrink, weight, eps, beta2, one_minus_beta2, minus_size;
+    float shrink, weight, eps, beta2, one_minus_beta2, minus_size;
     struct divisor root;
 };
 
 ALWAYS struct scalars scalars_of(const struct plan *plan) {
-    return (struct scalars){plan->coefficient, plan->shrink,          plan->first.weight, plan->eps,
-                            plan->beta2,       plan->one_minus_beta2, plan->minus_size,   divisor_of(plan->root)};
+    return (struct scalars){.shrink = plan->shrink,
+                            .weight = plan->first.weight,
+                            .eps = plan->eps,
+                            .beta2 = plan->beta2,
+                            .one_minus_beta2 = plan->one_minus_beta2,
+                            .minus_size = plan->minus_size,
+                            .root = divisor_of(plan->root)};
 }
 
 /* rules.py's Adam on sixteen elements, in two parts: m and v, and what is added to x. */
 WIDE void wide_moments(const struct scalars *with, __m512 g, __m512 *m, __m512 *v) {
-    g = _mm512_mul_ps(g, _mm512_set1_ps(with->coefficient));
     *m = _mm512_fmadd_ps(_mm512_set1_ps(with->weight), _mm512_sub_ps(g, *m), *m);
     const __m512 square = _mm512_mul_ps(_mm512_set1_ps(with->one_minus_beta2), g);
     *v = _mm512_fmadd_ps(square, g, _mm512_mul_ps(_mm512_set1_ps(with->beta2), *v));

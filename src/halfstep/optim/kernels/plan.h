@@ -73,6 +73,7 @@ void hs_segment_general(const struct plan *plan, int64_t begin, int64_t count, i
 hs_segment hs_fused_adam(const struct plan *plan);
 hs_segment hs_wide_adam(const struct plan *plan);
 hs_segment hs_wide_adam_8bit(const struct plan *plan);
+hs_segment hs_wide_momentum(const struct plan *plan);
 
 /* Run `work(context)` on `threads` threads, this one among them. */
 void hs_run(int threads, void (*work)(void *), void *context);
