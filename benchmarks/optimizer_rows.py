@@ -1,4 +1,4 @@
-"""What ``benchmarks/optimizers.py`` measures: one `Row` for each optimizer, all doing AdamW with the same settings.
+"""What ``benchmarks/optimizers.py`` measures: one `Row` for each optimizer, nearly all doing AdamW with one setting.
 
 A row is told in which format its parameters are and how to start: given parameters that hold gradients, `Row.start`
 returns the function that takes one step. It raises where the optimizer is not installed or refuses the machine; the
@@ -27,9 +27,12 @@ Step = Callable[[], object]
 Start = Callable[[Parameters], Step]
 
 BASELINE = "torch fused fp32"
+SGD_BASELINE = "torch fused SGD fp32"
 TORCH_WHOLE = "torch fused fp32: unscale + clip + step"
 TORCH_WHOLE_FOREACH = "torch fused fp32: unscale + foreach clip + step"
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+SGD_SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+LION_SETTINGS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 1.0}
 MAX_NORM = 1.0  # far below the gradients' norm: clipping always has to multiply
 PEERS = ("torch-optimi", "torchao", "bitsandbytes", "flashoptim")
 
@@ -123,6 +126,7 @@ def _torch() -> list[Row]:
         Row("torch fused, fp32 masters by hand", "torch", bf16, _masters_by_hand, moved=40.0),
         Row(TORCH_WHOLE, "torch", fp32, _torch_whole_step(foreach=None), moved=48.0),
         Row(TORCH_WHOLE_FOREACH, "torch", fp32, _torch_whole_step(foreach=True), moved=48.0),
+        Row(SGD_BASELINE, "torch", fp32, lambda p: torch.optim.SGD(p, **SGD_SETTINGS, fused=True).step),
     ]
 
 
@@ -213,6 +217,12 @@ def _halfstep() -> list[Row]:
         ),
         Row("halfstep.MasterWeights, torch fused", "halfstep", bf16, _wrapper, moved=40.0),
     ]
+    for state in ("fp32", "bf16"):
+        sgd, lion = _ours("SGD", SGD_SETTINGS, state=state), _ours("Lion", LION_SETTINGS, state=state)
+        table += [
+            Row(f"halfstep SGD exact + {state}", "halfstep", bf16, sgd, against=SGD_BASELINE),
+            Row(f"halfstep Lion exact + {state}", "halfstep", bf16, lion),
+        ]
     for m, s in GOALS:
         start = _adamw(master=m, state=s, release_gradients=True)
         table.append(Row(f"halfstep {m} + {s}, gradients released", "halfstep", bf16, start, releases=True))
@@ -244,6 +254,16 @@ def _optimizer(parameters: Any, **how: Any) -> Any:
 
 def _adamw(**how: Any) -> Start:
     return lambda parameters: _optimizer(parameters, **how).step
+
+
+def _ours(name: str, settings: dict[str, Any], **how: Any) -> Start:
+    """Another optimizer than AdamW, exact masters."""
+
+    def start(parameters: Parameters) -> Step:
+        step: Step = getattr(importlib.import_module("halfstep.optim"), name)(parameters, **settings, **how).step
+        return step
+
+    return start
 
 
 def ours_whole_step(optimizer: Any) -> Step:
