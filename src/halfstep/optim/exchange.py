@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from halfstep.autocast import LOW_PRECISION
+from halfstep.optim import native, pages
+from halfstep.optim.layout import is_plain, local
 from halfstep.optim.master_gradients import multiply_
-
-#: Elements that are rounded and compared at a time; a multiple of 4.
-_PART = 1 << 18
 
 
 class Exchange:
@@ -69,10 +68,7 @@ class Exchange:
             if parameter not in held or parameter.dtype not in LOW_PRECISION:
                 del self.masters[parameter]
         # Of sharded (DTensor) ones each rank looks at its shard.
-        pairs = [(_local(parameter), _local(master)) for parameter, master in self.masters.items()]
-        for parameter, master in itertools.compress(pairs, _differ(pairs)):
-            same = parameter == master.to(parameter.dtype)
-            master.copy_(torch.where(same, master, parameter.float()))
+        _follow([(local(parameter), local(master)) for parameter, master in self.masters.items()])
 
     @torch.no_grad()
     def pull_gradients(self, factors: Sequence[Tensor]) -> None:
@@ -81,7 +77,7 @@ class Exchange:
         for parameter in self.parameters():
             gradient, master = parameter.grad, self.masters.get(parameter, parameter)
             if master is not parameter:
-                master.grad = gradient = None if gradient is None else gradient.detach().float()
+                master.grad = gradient = None if gradient is None else pages.float32_of(gradient)
             if gradient is not None:
                 gradients.append(gradient)
         multiply_(gradients, factors)
@@ -127,35 +123,23 @@ class Exchange:
             group["params"][:] = new
 
 
-def _differ(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
-    """Of each parameter, whether it is anything but its master rounded."""
-    if all(parameter.device.type == "cpu" for parameter, _ in pairs):
-        return [_differs(parameter, master) for parameter, master in pairs]
+def _follow(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Set masters anew where they do not round to their parameters: plain tensors, in pairs."""
+    fast = [pair for pair in pairs if _is_for_native(*pair)]
+    slow = [pair for pair in pairs if not _is_for_native(*pair)]
+    if fast:
+        native.follow(fast)
+    if not slow:
+        return
     # One answer from the device for all of them; asking one by one would wait for it each time.
-    differs = [(parameter != master.to(parameter.dtype)).any() for parameter, master in pairs]
-    answers: list[bool] = torch.stack([d.to(differs[0].device) for d in differs]).tolist()
-    return answers
+    differ = [(parameter != master.to(parameter.dtype)).any() for parameter, master in slow]
+    answers: list[bool] = torch.stack([d.to(differ[0].device) for d in differ]).tolist()
+    for parameter, master in itertools.compress(slow, answers):
+        same = parameter == master.to(parameter.dtype)
+        master.copy_(torch.where(same, master, parameter.float()))
 
 
-def _differs(parameter: Tensor, master: Tensor) -> bool:
-    """`_differ` of one parameter in the host's memory: a third of the time that comparing with a rounded copy takes.
-
-    A copy is new memory, which the system has to find and clear at every step; parts of it stay in the cache. And
-    PyTorch compares one element at a time, whatever its size: so four halves are looked at together, as an integer.
-    """
-    if not (parameter.is_contiguous() and master.is_contiguous()):
-        return not torch.equal(parameter, master.to(parameter.dtype))
-    rounded = torch.empty(min(parameter.numel(), _PART), dtype=parameter.dtype)
-    parts = zip(torch.split(parameter.detach().view(-1), _PART), torch.split(master.view(-1), _PART), strict=True)
-    return any(not _equal(part, rounded[: len(exact)].copy_(exact)) for part, exact in parts)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    together = 4 if len(one) % 4 == 0 and one.storage_offset() % 4 == 0 else 1
-    bits = torch.int64 if together == 4 else torch.int16
-    return torch.equal(one.view(bits), other.view(bits)) or torch.equal(one, other)  # 0 and -0 are equal
-
-
-def _local(tensor: Tensor) -> Tensor:
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+def _is_for_native(parameter: Tensor, master: Tensor) -> bool:
+    """Whether the compiled kernels can compare these: in the host's memory, element beside element."""
+    plain = is_plain(parameter) and is_plain(master)
+    return plain and parameter.stride() == master.stride() and not native.missing()

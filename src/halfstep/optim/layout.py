@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -32,6 +32,12 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the elements lie in the host's memory, without gaps, and nowhere else: no subclass decides otherwise."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.device.type == "cpu" and is_dense(tensor)
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from halfstep.optim.layout import is_dense
 from halfstep.optim.moments import GROUP
 from halfstep.optim.rules import SGD, Adam, Rule
 from halfstep.optim.update import Job, Survey
@@ -26,13 +27,13 @@ from halfstep.optim.update import Job, Survey
 name = "native"
 
 #: Of ``halfstep.h``: raised together with it.
-VERSION = 1
+VERSION = 2
 
 _FORMAT = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int16: 4, torch.int8: 5, torch.uint8: 6}
 _STATES = 3
 _ROW = 16  # 64-bit integers in a job's row
 _GRADIENT, _NUMEL, _FORMATS = 1, 10, 15  # columns of it
-_GRADIENT_ROW = 3
+_GRADIENT_ROW, _PAIR_ROW = 3, 4
 _NO_MEMORY, _UNKNOWN_FORMAT = 1, 2
 
 
@@ -87,6 +88,26 @@ def survey(gradients: Sequence[Tensor]) -> Survey:
     if result == _UNKNOWN_FORMAT:
         raise ValueError(f"gradients must be float32, bfloat16 or float16, not {[g.dtype for g in gradients]}")
     return Survey(total, (~amax.isfinite()).any().float(), amax)
+
+
+def follow(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Set each element of a master that does not round to its parameter's to what the parameter is, in place.
+
+    Args:
+        pairs: a bfloat16 or float16 parameter and its float32 master, with their elements in one order, without gaps.
+
+    Raises:
+        ValueError: two do not go together.
+    """
+    table = array("q")
+    for parameter, master in pairs:
+        together = parameter.shape == master.shape and parameter.stride() == master.stride() and is_dense(parameter)
+        if not together or master.dtype is not torch.float32:
+            both = [(t.dtype, tuple(t.shape), t.stride()) for t in (parameter, master)]
+            raise ValueError(f"a 16-bit parameter and its float32 master in one order without gaps, not {both}")
+        table.extend((parameter.data_ptr(), master.data_ptr(), parameter.numel(), _FORMAT.get(parameter.dtype, 0)))
+    if _loaded().hs_follow(table.buffer_info()[0], len(pairs), torch.get_num_threads()) == _UNKNOWN_FORMAT:
+        raise ValueError(f"parameters must be bfloat16 or float16, not {[p.dtype for p, _ in pairs]}")
 
 
 def _table(jobs: Sequence[Job]) -> array[int]:
@@ -193,11 +214,11 @@ def _open(path: Path) -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(path))
         version = library.hs_version()
-        sizes = (ctypes.c_int64 * 3)()
+        sizes = (ctypes.c_int64 * 4)()
         library.hs_sizes(sizes)
     except (OSError, AttributeError) as error:
         return f"{path} does not load: {error}"
-    expected = [8 * _ROW, ctypes.sizeof(_Rule), 8 * _GRADIENT_ROW]
+    expected = [8 * _ROW, ctypes.sizeof(_Rule), 8 * _GRADIENT_ROW, 8 * _PAIR_ROW]
     if version != VERSION or list(sizes) != expected:
         return (
             f"{path} was built from other sources (version {version}, sizes {list(sizes)}; "
@@ -206,4 +227,5 @@ def _open(path: Path) -> ctypes.CDLL | str:
     address, integer = ctypes.c_void_p, ctypes.c_int64
     library.hs_update.argtypes = [address, integer, ctypes.POINTER(_Rule), address, address, ctypes.c_int32]
     library.hs_survey.argtypes = [address, integer, address, address, ctypes.c_int32]
+    library.hs_follow.argtypes = [address, integer, ctypes.c_int32]
     return library

@@ -1,4 +1,4 @@
-"""Memory for optimizer state on the CPU, in huge pages where the system has them.
+"""Memory for what an optimizer keeps on the CPU, in huge pages where the system has them.
 
 A step goes once through every byte of the state. In pages of 4 KiB it meets a new page every thousand elements in each
 of five arrays, and the processor starts anew at each: address translation, and its reading ahead, which ends with a
@@ -12,9 +12,9 @@ from __future__ import annotations
 import mmap
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from halfstep.optim.layout import is_dense
+from halfstep.optim.layout import is_plain
 
 #: Bytes of a huge page on x86-64, and on arm64 with pages of 4 KiB.
 HUGE = 2 << 20
@@ -26,13 +26,28 @@ def zeros_like(pattern: Tensor, dtype: torch.dtype) -> Tensor:
     Of 2 MiB and more in the host's memory they begin at a huge page, and as many whole ones as fit are asked for: no
     byte more is occupied than otherwise. Anything else is PyTorch's own.
     """
+    new = _in_huge_pages(pattern, dtype)
+    return torch.zeros_like(pattern, dtype=dtype, requires_grad=False) if new is None else new
+
+
+def float32_of(tensor: Tensor) -> Tensor:
+    """A copy in FP32, without a gradient, in memory as of `zeros_like`.
+
+    Large memory that is taken and given back at every step is the system's to find and clear anew each time, which
+    takes longer than the copying; in huge pages half as long.
+    """
+    new = _in_huge_pages(tensor, torch.float32)
+    return tensor.detach().to(torch.float32, copy=True) if new is None else new.copy_(tensor.detach())
+
+
+def _in_huge_pages(pattern: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The zeros of `zeros_like`, or None where they are PyTorch's own."""
     size = pattern.numel() * dtype.itemsize
-    plain = type(pattern) in (Tensor, nn.Parameter) and pattern.device.type == "cpu" and is_dense(pattern)
-    if plain and size >= HUGE and (found := _memory(size)) is not None:
-        memory, begin = found
-        flat = torch.frombuffer(memory, dtype=dtype, count=pattern.numel(), offset=begin)
-        return flat.as_strided(pattern.shape, pattern.stride())
-    return torch.zeros_like(pattern, dtype=dtype, requires_grad=False)
+    if size < HUGE or not is_plain(pattern) or (found := _memory(size)) is None:
+        return None
+    memory, begin = found
+    flat = torch.frombuffer(memory, dtype=dtype, count=pattern.numel(), offset=begin)
+    return flat.as_strided(pattern.shape, pattern.stride())
 
 
 def _memory(size: int) -> tuple[mmap.mmap, int] | None:

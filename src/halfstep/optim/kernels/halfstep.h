@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 /* Raised whenever a structure or the meaning of a field changes; native.py refuses another. */
-#define HS_VERSION 1
+#define HS_VERSION 2
 
 #if defined(__GNUC__)
 #define HS_EXPORT __attribute__((visibility("default")))
@@ -74,10 +74,18 @@ struct hs_gradient {
     int64_t format; /* hs_format */
 };
 
+/* A 16-bit parameter and its FP32 master. */
+struct hs_pair {
+    const uint16_t *parameter;
+    float *master;
+    int64_t numel;
+    int64_t format; /* hs_format of the parameter */
+};
+
 HS_EXPORT int32_t hs_version(void);
 
-/* Bytes of hs_job, hs_rule, hs_gradient: what the other side must agree with. */
-HS_EXPORT void hs_sizes(int64_t sizes[3]);
+/* Bytes of hs_job, hs_rule, hs_gradient, hs_pair: what the other side must agree with. */
+HS_EXPORT void hs_sizes(int64_t sizes[4]);
 
 /* Step every job. `coefficient` and `found_inf` may be NULL. Returns hs_result. */
 HS_EXPORT int32_t hs_update(const struct hs_job *jobs, int64_t count, const struct hs_rule *rule,
@@ -86,5 +94,8 @@ HS_EXPORT int32_t hs_update(const struct hs_job *jobs, int64_t count, const stru
 /* The sum of squares of all elements, and each gradient's largest magnitude (NaN where one is NaN). */
 HS_EXPORT int32_t hs_survey(const struct hs_gradient *gradients, int64_t count, double *sum_of_squares, float *amax,
                             int32_t threads);
+
+/* Set each element of a master that does not round to its parameter's to what the parameter is. Returns hs_result. */
+HS_EXPORT int32_t hs_follow(const struct hs_pair *pairs, int64_t count, int32_t threads);
 
 #endif

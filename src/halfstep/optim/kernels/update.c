@@ -173,8 +173,9 @@ int32_t hs_update(const struct hs_job *jobs, int64_t count, const struct hs_rule
 
 int32_t hs_version(void) { return HS_VERSION; }
 
-void hs_sizes(int64_t sizes[3]) {
+void hs_sizes(int64_t sizes[4]) {
     sizes[0] = sizeof(struct hs_job);
     sizes[1] = sizeof(struct hs_rule);
     sizes[2] = sizeof(struct hs_gradient);
+    sizes[3] = sizeof(struct hs_pair);
 }
