@@ -146,6 +146,17 @@ def test_states_with_anything_in_them(state: Any) -> None:
         compare(job, RULES[name], "nearest", (name, dtype, state), steps=1)
 
 
+@needs_library
+@pytest.mark.parametrize("name", ["adamw", "amsgrad"])
+def test_states_of_several_formats(name: str) -> None:
+    """No option makes such; the kernels take each state as its row says."""
+    low = make_job(RULES[name], torch.bfloat16, torch.bfloat16, state="bf16")
+    job = make_job(RULES[name], torch.bfloat16, torch.bfloat16)
+    for place in range(len(job.states)):
+        states = (*job.states[:place], low.states[place], *job.states[place + 1 :])
+        compare(job._replace(states=states), RULES[name], "nearest", (name, place))
+
+
 def eight_bit_cases() -> Iterator[tuple[Any, ...]]:
     yield torch.float32, "none", "nearest"
     for dtype, (master, rounding) in itertools.product(DTYPES[1:], STORAGES[1:4] + STORAGES[-2:]):

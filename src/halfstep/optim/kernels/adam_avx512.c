@@ -13,6 +13,14 @@ WIDE __m512i dithered_bf16(__m512 x, struct stream noise, __m512i place, uint32_
     return _mm512_add_epi32(integers(x), _mm512_srli_epi32(wide_dither(noise, place, after), 16));
 }
 
+WIDE void store_dithered_bf16(const struct plan *plan, int which, int64_t i, struct pair x) {
+    const struct stream noise = plan->state_noise[which];
+    const __m512i place = place_of(noise, i);
+    const struct pair moved = {floats(dithered_bf16(x.first, noise, place, 0)),
+                               floats(dithered_bf16(x.second, noise, place, 16))};
+    _mm512_storeu_si512((uint16_t *)plan->job.states[which] + i, uppers(moved));
+}
+
 /* Thirty-two elements; 0 where the other loops must do them. */
 WIDE int adam_32(const struct plan *plan, const struct scalars *with, int64_t i, enum hs_format parameter,
                  enum hs_format kept, int dithered, enum hs_format state, int in_two) {
@@ -24,8 +32,14 @@ WIDE int adam_32(const struct plan *plan, const struct scalars *with, int64_t i,
     wide_moments(with, g.first, &m.first, &v.first);
     wide_moments(with, g.second, &m.second, &v.second);
     const __m512 shrink = _mm512_set1_ps(with->shrink);
-    const __m512 first = wide_step(with, m.first, _mm512_sqrt_ps(v.first), in_two);
-    const __m512 second = wide_step(with, m.second, _mm512_sqrt_ps(v.second), in_two);
+    struct pair w = v; /* what is divided by the root of */
+    if (plan->amsgrad) {
+        const struct pair largest = load(plan->job.states[2], i, state);
+        if (__builtin_expect(has_nan(largest), 0)) return 0; /* of a NaN and a number max is the second */
+        w = (struct pair){_mm512_max_ps(largest.first, v.first), _mm512_max_ps(largest.second, v.second)};
+    }
+    const __m512 first = wide_step(with, m.first, _mm512_sqrt_ps(w.first), in_two);
+    const __m512 second = wide_step(with, m.second, _mm512_sqrt_ps(w.second), in_two);
     x.first = _mm512_add_ps(_mm512_mul_ps(x.first, shrink), first);
     x.second = _mm512_add_ps(_mm512_mul_ps(x.second, shrink), second);
 
@@ -35,13 +49,11 @@ WIDE int adam_32(const struct plan *plan, const struct scalars *with, int64_t i,
     if (state == HS_FP32) {
         store_fp32(plan->job.states[0], i, m);
         store_fp32(plan->job.states[1], i, v);
+        if (plan->amsgrad) store_fp32(plan->job.states[2], i, w);
     } else {
-        const struct stream noise = plan->state_noise[1];
-        const __m512i place = place_of(noise, i);
-        const struct pair moved = {floats(dithered_bf16(v.first, noise, place, 0)),
-                                   floats(dithered_bf16(v.second, noise, place, 16))};
         _mm512_storeu_si512((uint16_t *)plan->job.states[0] + i, bf16_of(m));
-        _mm512_storeu_si512((uint16_t *)plan->job.states[1] + i, uppers(moved));
+        store_dithered_bf16(plan, 1, i, v);
+        if (plan->amsgrad) store_dithered_bf16(plan, 2, i, w);
     }
     store_master(plan, i, x, parameter, kept, dithered);
     return 1;
@@ -81,8 +93,9 @@ LOOPS(bf16_alone_dithered, HS_BF16, HS_ABSENT, 1)
 hs_segment hs_wide_adam(const struct plan *plan) {
     const enum hs_format kept = plan->kept, state = plan->states[0];
     if (!has_avx512() || !can_divide_by(plan->root)) return 0;
-    if (plan->kind != HS_ADAM || plan->amsgrad || plan->first.from_end) return 0;
+    if (plan->kind != HS_ADAM || plan->first.from_end) return 0;
     if (plan->gradient != plan->parameter || plan->states[1] != state) return 0;
+    if (plan->amsgrad && plan->states[2] != state) return 0;
     if (state != HS_FP32 && state != HS_BF16) return 0;
     const int wide = state == HS_FP32, in_two = divides_in_two(divisor_of(plan->root));
     if (plan->parameter == HS_FP32) return fp32[wide][in_two];
