@@ -91,13 +91,15 @@ def _pretraining(result: dict[str, Any]) -> list[str]:
     lines = [
         f"**Does it learn the same?** The built-in GPT ({measured['size']}), {measured['steps']} steps; held-out loss "
         f"minus that of FP32 training with `torch.optim.AdamW` on the same seed. FP32 itself: {min(losses):.4f} to "
-        f"{max(losses):.4f} over {len(losses)} seeds, a spread of {measured['seed_spread']:.4f}.",
+        f"{max(losses):.4f} over {len(losses)} seeds, a spread of {measured['seed_spread']:.4f}. Each pair: mean over "
+        f"{len(measured['pairs'][0]['losses'])} of these seeds, and from where to where. fp16 products are emulated.",
         "",
-        "| master | state | rounding | difference |",
-        "|---|---|---|---|",
+        "| weights | master | state | rounding | difference | of one seed |",
+        "|---|---|---|---|---|---|",
     ]
     return lines + [
-        f"| `{p['master']}` | `{p['state']}` | {p['rounding'] or 'default'} | {p['mean_difference']:+.4f} |"
+        f"| {p['parameters']} | `{p['master']}` | `{p['state']}` | {p['rounding'] or 'default'} | "
+        f"{p['mean_difference']:+.4f} | {min(p['differences']):+.4f} to {max(p['differences']):+.4f} |"
         for p in measured["pairs"]
     ]
 

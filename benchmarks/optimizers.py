@@ -2,9 +2,11 @@
 
 All rows of `optimizer_rows` do AdamW on the parameters of one GPT: 46.7 million in 148 tensors of 9 shapes.
 
-Time: all rows live in one process (one for each number of threads) and step in turn, round after round, in an order
-drawn anew for each round; a row's figure is the median over rounds of its time divided by that of PyTorch's fused FP32
-AdamW *in the same round*, with the quartiles. A step of a slow row takes seconds: such rows sit out rounds, evenly.
+Time: a few rows live in one process, PyTorch's fused FP32 AdamW always among them, and step in turn, round after round,
+in an order drawn anew for each round; a row's figure is the median over rounds of its time divided by that of the fused
+one *in the same round*, with the quartiles. A step of a slow row takes seconds: such rows sit out rounds, evenly. Where
+a process's memory lies decides for its whole life how fast it is, and one full of other rows' memory is slower: so each
+set of rows goes through several processes, and all their rounds count together.
 
 Memory: `optimizer_memory`, a process for each row. Bytes that a step moves follow from the storages found there, and
 GB/s from these, beside what copying and multiplying in place reach: the ceiling.
@@ -53,14 +55,58 @@ MEMORY_KEYS = ("weights", "master_and_state", "gradients", "total", "resident", 
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def measure_times(options: argparse.Namespace) -> dict[str, Any]:
+#: Rows that share a process, besides those that they are divided by.
+TOGETHER = 5
+
+
+def sets_of(wanted: list[Row], device: str) -> list[list[str]]:
+    """Names of rows that share a process: few at a time, each with the row that it is divided by."""
+    by_name = {row.name: row for row in rows(device)}
+    own = [row for row in wanted if row.name != BASELINE]
+    found = []
+    for begin in range(0, max(len(own), 1), TOGETHER):
+        chosen = own[begin : begin + TOGETHER]
+        names = [BASELINE, *(row.against for row in chosen), *(row.name for row in chosen)]
+        found.append([name for name in by_name if name in names])
+    return found
+
+
+def measure_times(wanted: list[Row], options: argparse.Namespace, threads: int, common: list[str]) -> dict[str, Any]:
     """For each row its time and its ratio to another row's, or why it does not run here."""
+    limits = ["--rounds", str(-(-options.rounds // options.processes))]
+    limits += ["--seconds", str(options.seconds / options.processes), "--threads", str(threads)]
+    times: dict[str, dict[str, float]] = {}
+    told: dict[str, dict[str, Any]] = {}
+    result: dict[str, Any] = {"threads": threads, "load_before": round(os.getloadavg()[0], 2)}
+    for process in range(options.processes):
+        for number, names in enumerate(sets_of(wanted, options.device)):
+            print(f"{threads} threads, process {process + 1}: {', '.join(names)}", file=sys.stderr)
+            own = ["--times-of", json.dumps(names)]
+            done = in_own_process([*own, *common, *limits], {"OMP_NUM_THREADS": str(threads)})
+            if "failed" in done:
+                result["failed"] = done["failed"]
+            for name, measured in done.get("rows", {}).items():
+                for index, seconds in measured.pop("seconds", {}).items():
+                    times.setdefault(name, {})[f"{process} {number} {index}"] = seconds
+                told.setdefault(name, measured)
+    count = sum(torch.Size(shape).numel() for shape in shapes(**SIZES[options.size]))
+    for row in rows(options.device):
+        if row.name in times:
+            told[row.name].update(summary(row, times, count))
+    return {
+        **result,
+        "load_after": round(os.getloadavg()[0], 2),
+        "rows": {row.name: told[row.name] for row in rows(options.device) if row.name in told},
+    }
+
+
+def times_of(options: argparse.Namespace) -> dict[str, Any]:
+    """In a process of its own: the seconds of each row's step in each round, or why it does not run here."""
     torch.set_num_threads(options.threads[0])
     chosen = [row for row in rows(options.device) if row.name in json.loads(options.times_of)]
     gradients: dict[torch.dtype, list[Tensor]] = {}
     steps: dict[str, Step] = {}
     results: dict[str, dict[str, Any]] = {}
-    count = sum(torch.Size(shape).numel() for shape in shapes(**SIZES[options.size]))
     for row in chosen:
         parameters = parameters_of(options.size, row.dtype, options.device)
         if row.dtype not in gradients:  # shared: an optimizer only reads them
@@ -78,11 +124,9 @@ def measure_times(options: argparse.Namespace) -> dict[str, Any]:
         if row.family != "ceiling":
             check_moved(row, parameters, before)
         steps[row.name] = step
-    times = interleave(steps, options.rounds, options.seconds)
-    for row in chosen:
-        if row.name in times:
-            results[row.name].update(summary(row, times, count))
-    return {"load_after": round(os.getloadavg()[0], 2), "rows": results}
+    for name, seconds in interleave(steps, options.rounds, options.seconds).items():
+        results[name]["seconds"] = seconds
+    return {"rows": results}
 
 
 def check_moved(row: Row, parameters: Parameters, before: list[Tensor]) -> None:
@@ -123,8 +167,11 @@ def timed(step: Step, repeat: int) -> float:
     return (time.perf_counter() - begin) / repeat
 
 
-def summary(row: Row, times: dict[str, dict[int, float]], count: int) -> dict[str, Any]:
-    """Median and quartiles: nanoseconds for each parameter, and the ratio to the row that this one is held against."""
+def summary(row: Row, times: dict[str, dict[str, float]], count: int) -> dict[str, Any]:
+    """Median and quartiles: nanoseconds for each parameter, and the ratio to the row that this one is held against.
+
+    ``times``: of each row the seconds by round, a round's name being the same for all rows that took part in it.
+    """
     own, other = times[row.name], times.get(row.against, {})
     result: dict[str, Any] = {
         "rounds": len(own),
@@ -154,15 +201,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result = settings(options)
     common = ["--size", options.size, "--device", options.device]
     if "time" in options.parts:
-        names = [row.name for row in wanted if not row.releases]
-        names = names if BASELINE in names else [BASELINE, *names]
-        limits = ["--rounds", str(options.rounds), "--seconds", str(options.seconds)]
-        for threads in options.threads:
-            load = round(os.getloadavg()[0], 2)
-            print(f"timing {len(names)} rows on {threads} threads", file=sys.stderr)
-            own = ["--times-of", json.dumps(names), "--threads", str(threads)]
-            done = in_own_process([*own, *common, *limits], {"OMP_NUM_THREADS": str(threads)})
-            result["runs"].append({"threads": threads, "load_before": load, **done})
+        timed_rows = [row for row in wanted if not row.releases]
+        result["runs"] = [measure_times(timed_rows, options, threads, common) for threads in options.threads]
     if "memory" in options.parts:
         kept = [row for row in wanted if row.family != "ceiling"]
         if options.smoke:  # a process for each would take minutes
@@ -207,6 +247,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         },
         "model": {**SIZES[options.size], **counts},
         "rounds": options.rounds,
+        "processes": options.processes,
         "seconds_per_row": options.seconds,
         "runs": [],
         "memory": {},
@@ -296,6 +337,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="regular expression: only rows whose family and name it finds")
     parser.add_argument("--parts", default="time,memory", help="time, memory or both (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--processes", type=int, default=4, help="that share the rounds (default: %(default)s)")
     parser.add_argument("--rounds", type=int, help="default: 40")
     parser.add_argument("--seconds", type=float, help="for the steps of a row, about (default: 15)")
     parser.add_argument("--quick", action="store_true", help="12 rounds, 5 seconds for a row, nothing that compiles")
@@ -309,11 +351,11 @@ def main() -> None:
     if options.times_of or options.memory_of:
         warnings.simplefilter("ignore")  # those of other packages
         memory_of = (options.memory_of, options.size, options.device)
-        measured = measure_times(options) if options.times_of else measure_memory(*memory_of)
+        measured = times_of(options) if options.times_of else measure_memory(*memory_of)
         options.out.write_text(json.dumps(measured))
         return
     if options.smoke:
-        options.size, options.rounds, options.threads = "smoke", 1, options.threads[:1]
+        options.size, options.rounds, options.processes, options.threads = "smoke", 1, 1, options.threads[:1]
     options.rounds = options.rounds or (12 if options.quick else 40)
     options.seconds = options.seconds or (5.0 if options.quick else 15.0)
     result = measure(options)
