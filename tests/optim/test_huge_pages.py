@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfstep import optim
-from halfstep.optim.pages import HUGE, zeros_like
+from halfstep.optim.pages import HUGE, float32_of, zeros_like
 
 linux = pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists() or not hasattr(mmap, "MADV_HUGEPAGE"),
@@ -123,6 +123,52 @@ def test_where_the_system_has_none_torch_gives_the_memory(monkeypatch: pytest.Mo
     state = zeros_like(torch.ones(1024, 1024), torch.float32)
     assert state.sum() == 0
     assert state.data_ptr() % HUGE != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_copies_in_one_piece_of_memory_are_what_pytorch_copies(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    patterns = [make() for name, make in PATTERNS.items() if name != "meta"]
+    given = [torch.empty_strided(p.shape, p.stride(), dtype=dtype) for p in patterns]
+    for tensor in given:
+        tensor.copy_(torch.randn(tensor.shape, generator=draw))
+    given.append(torch.ones(3, dtype=dtype).expand(600_000, 3))
+    given.append(torch.eye(900, dtype=dtype).to_sparse())
+    before = [t.clone() for t in given]
+    copies = float32_of(given)
+    for tensor, copied in zip(given, copies, strict=True):
+        expected = tensor.float()
+        assert copied.dtype is torch.float32 and not copied.requires_grad
+        assert copied.shape == tensor.shape and copied.layout is tensor.layout
+        if not tensor.is_sparse:
+            assert copied.stride() == tensor.to(torch.float32, copy=True).stride()
+        assert torch.equal(copied.to_dense(), expected.to_dense())
+    for copied in copies:
+        copied.mul_(0)  # into nobody else's elements
+    assert all(torch.equal(t.to_dense(), b.to_dense()) for t, b in zip(given, before, strict=True))
+
+
+def test_copies_do_not_overlap() -> None:
+    copies = float32_of([torch.full((n,), float(n)).bfloat16() for n in (1, 0, 15, 16, 17, HUGE // 4, 33)])
+    for number, copied in enumerate(copies):
+        copied.fill_(number)
+    assert [copied.unique().tolist() for copied in copies] == [[0.0], [], [2.0], [3.0], [4.0], [5.0], [6.0]]
+    assert all(copied.data_ptr() % 64 == 0 for copied in copies if copied.numel() >= HUGE // 4)
+
+
+def test_copies_of_nothing() -> None:
+    assert float32_of([]) == []
+
+
+@linux
+def test_copies_take_huge_pages_and_give_them_back() -> None:
+    copies = float32_of([torch.ones(HUGE // 4).half() for _ in range(4)])
+    address = copies[0].data_ptr()
+    assert address % HUGE == 0
+    assert is_asked_for(address)
+    assert resident(address, address + 4 * HUGE) == 4 * HUGE
+    del copies
+    assert resident(address, address + 4 * HUGE) == 0
 
 
 def a_step(weight: Tensor) -> tuple[torch.nn.Parameter, optim.AdamW]:

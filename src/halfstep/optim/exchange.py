@@ -73,14 +73,13 @@ class Exchange:
     @torch.no_grad()
     def pull_gradients(self, factors: Sequence[Tensor]) -> None:
         """Give masters their parameters' gradients, in FP32, and multiply all gradients by ``factors`` (0-d, FP32)."""
-        gradients = []
-        for parameter in self.parameters():
-            gradient, master = parameter.grad, self.masters.get(parameter, parameter)
-            if master is not parameter:
-                master.grad = gradient = None if gradient is None else pages.float32_of(gradient)
-            if gradient is not None:
-                gradients.append(gradient)
-        multiply_(gradients, factors)
+        present = [(parameter, parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
+        low = [(self.masters[p], gradient) for p, gradient in present if p in self.masters]
+        self.drop_gradients()  # also of those that have none this time
+        copies = pages.float32_of([gradient for _, gradient in low])
+        for (master, _), copy in zip(low, copies, strict=True):
+            master.grad = copy
+        multiply_([*copies, *(gradient for p, gradient in present if p not in self.masters)], factors)
 
     def drop_gradients(self) -> None:
         """Free the masters' gradients; the parameters keep theirs."""

@@ -10,6 +10,7 @@ program has to ask.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,32 +27,42 @@ def zeros_like(pattern: Tensor, dtype: torch.dtype) -> Tensor:
     Of 2 MiB and more in the host's memory they begin at a huge page, and as many whole ones as fit are asked for: no
     byte more is occupied than otherwise. Anything else is PyTorch's own.
     """
-    new = _in_huge_pages(pattern, dtype)
-    return torch.zeros_like(pattern, dtype=dtype, requires_grad=False) if new is None else new
-
-
-def float32_of(tensor: Tensor) -> Tensor:
-    """A copy in FP32, without a gradient, in memory as of `zeros_like`.
-
-    Large memory that is taken and given back at every step is the system's to find and clear anew each time, which
-    takes longer than the copying; in huge pages half as long.
-    """
-    new = _in_huge_pages(tensor, torch.float32)
-    return tensor.detach().to(torch.float32, copy=True) if new is None else new.copy_(tensor.detach())
-
-
-def _in_huge_pages(pattern: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The zeros of `zeros_like`, or None where they are PyTorch's own."""
     size = pattern.numel() * dtype.itemsize
-    if size < HUGE or not is_plain(pattern) or (found := _memory(size)) is None:
-        return None
-    memory, begin = found
-    flat = torch.frombuffer(memory, dtype=dtype, count=pattern.numel(), offset=begin)
-    return flat.as_strided(pattern.shape, pattern.stride())
+    if size >= HUGE and is_plain(pattern) and (memory := _memory(size)) is not None:
+        return memory.view(dtype).as_strided(pattern.shape, pattern.stride())
+    return torch.zeros_like(pattern, dtype=dtype, requires_grad=False)
 
 
-def _memory(size: int) -> tuple[mmap.mmap, int] | None:
-    """Zeros of the system and where in them ``size`` bytes begin; None where it has no huge pages.
+def float32_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in FP32, without gradients; those in the host's memory lie in one piece of it, freed with the last.
+
+    What is taken and given back at every step the system has to find, clear and take away anew each time, which costs
+    more than the copying: in huge pages, and all at once, a fraction of that.
+    """
+    plain = [tensor for tensor in tensors if is_plain(tensor)]
+    size = sum(_whole_lines(tensor) for tensor in plain) * torch.float32.itemsize
+    memory = _memory(size) if size >= HUGE else None
+    if memory is None:
+        return [tensor.detach().to(torch.float32, copy=True) for tensor in tensors]
+    rest = memory.view(torch.float32)
+    copies = []
+    for tensor in tensors:
+        if is_plain(tensor):
+            copy = rest.as_strided(tensor.shape, tensor.stride(), rest.storage_offset()).copy_(tensor.detach())
+            rest = rest[_whole_lines(tensor) :]
+        else:
+            copy = tensor.detach().to(torch.float32, copy=True)
+        copies.append(copy)
+    return copies
+
+
+def _whole_lines(tensor: Tensor) -> int:
+    """FP32 elements that it takes, up to the next line of a cache (64 bytes)."""
+    return -(-tensor.numel() // 16) * 16
+
+
+def _memory(size: int) -> Tensor | None:
+    """So many bytes of zeros in huge pages of the system; None where it has none.
 
     What is mapped and never touched takes no memory. Private: a forked process gets its own copy, as of all memory.
     """
@@ -65,4 +76,4 @@ def _memory(size: int) -> tuple[mmap.mmap, int] | None:
         memory.madvise(mmap.MADV_NOHUGEPAGE, begin + whole, size + HUGE - begin - whole)  # where all get them unasked
     except OSError:  # a kernel built without, or a limit on address space, of which PyTorch's allocator says the rest
         return None
-    return memory, begin
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=begin)
