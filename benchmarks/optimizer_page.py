@@ -27,6 +27,8 @@ ROWS = {
     "halfstep 24bit + 8bit, gradients released": "24bit, 8-bit state, gradients released",
     "halfstep none + bf16": "no master, bf16 state",
     "halfstep exact + fp32, fp16 parameters": "exact, FP32 state, fp16 weights",
+    "halfstep Lion exact + fp32": "`halfstep.optim.Lion`, exact, FP32 state",
+    "halfstep Lion exact + bf16": "`Lion`, exact, bf16 state",
     "halfstep.MasterWeights, torch fused": "`halfstep.MasterWeights(torch.optim.AdamW(fused=True))`",
     "optimi AdamW, kahan": "optimi, Kahan",
     "torchao _AdamW, stochastic": "torchao, bf16 with stochastic rounding",
@@ -35,6 +37,7 @@ ROWS = {
     "bitsandbytes AdamW fp32": "bitsandbytes, 32 bits, FP32",
 }
 WHOLE = "halfstep exact + fp32: unscale + clip + step"
+SGD = "halfstep SGD exact + fp32"
 
 
 def block(optimizers: dict[str, Any], convergence: dict[str, Any]) -> str:
@@ -60,14 +63,18 @@ def _times(result: dict[str, Any]) -> list[str]:
         memory = result["memory"].get(name, {}).get("total")
         if any(cells) or memory is not None:
             lines.append(f"| {called} | {' | '.join(cells)} | {'' if memory is None else f'{memory:.1f}'} |")
-    whole = [_ratio(run["rows"].get(WHOLE, {})) for run in runs]
-    if any(whole):
-        lines += [
-            "",
-            f"Unscaling, clipping and stepping together, exact masters against PyTorch's three passes (unscale, "
-            "`clip_grad_norm_`, fused step on FP32): "
-            f"{', '.join(f'{w} ({t})' for w, t in zip(whole, threads, strict=True))}.",
-        ]
+    for name, called in (
+        (
+            WHOLE,
+            "Unscaling, clipping and stepping together, exact masters against PyTorch's three passes (unscale, "
+            "`clip_grad_norm_`, fused step on FP32)",
+        ),
+        (SGD, "SGD with momentum, exact masters against PyTorch's fused one on FP32"),
+    ):
+        ratios = [_ratio(run["rows"].get(name, {})) for run in runs]
+        if any(ratios):
+            told = ", ".join(f"{ratio} ({t})" for ratio, t in zip(ratios, threads, strict=True))
+            lines += ["", f"{called}: {told}."]
     refusal = next((run["rows"][n]["unavailable"] for run in runs for n in run["rows"] if _refused(run, n)), None)
     if refusal:
         lines += ["", f"flashoptim does not run on a CPU: `{refusal}`"]
