@@ -82,28 +82,20 @@ WIDE void adam(const struct plan *plan, int64_t begin, int64_t count, int64_t gr
     LOOP(name##_bf16_in_two, parameter, kept, dithered, HS_BF16, 1)     \
     static const hs_segment name[2][2] = {{name##_bf16, name##_bf16_in_two}, {name##_fp32, name##_fp32_in_two}};
 
-LOOPS(fp32, HS_FP32, HS_ABSENT, 0)
-LOOPS(fp16_exact, HS_FP16, HS_INT16, 0)
-LOOPS(bf16_exact, HS_BF16, HS_INT16, 0)
-LOOPS(bf16_24bit, HS_BF16, HS_INT8, 0)
-LOOPS(bf16_24bit_dithered, HS_BF16, HS_INT8, 1)
-LOOPS(bf16_separate, HS_BF16, HS_FP32, 0)
-LOOPS(bf16_alone_dithered, HS_BF16, HS_ABSENT, 1)
+WIDE_STORAGES(LOOPS)
+
+#define CHOOSE(name, parameter, kept, dithered) \
+    if (is_stored(plan, parameter, kept, dithered)) return name[wide][in_two];
 
 hs_segment hs_wide_adam(const struct plan *plan) {
-    const enum hs_format kept = plan->kept, state = plan->states[0];
+    const enum hs_format state = plan->states[0];
     if (!has_avx512() || !can_divide_by(plan->root)) return 0;
     if (plan->kind != HS_ADAM || plan->first.from_end) return 0;
     if (plan->gradient != plan->parameter || plan->states[1] != state) return 0;
     if (plan->amsgrad && plan->states[2] != state) return 0;
     if (state != HS_FP32 && state != HS_BF16) return 0;
     const int wide = state == HS_FP32, in_two = divides_in_two(divisor_of(plan->root));
-    if (plan->parameter == HS_FP32) return fp32[wide][in_two];
-    if (plan->parameter == HS_FP16) return kept != HS_INT16 ? 0 : fp16_exact[wide][in_two];
-    if (kept == HS_INT16) return bf16_exact[wide][in_two];
-    if (kept == HS_FP32) return bf16_separate[wide][in_two];
-    if (kept == HS_INT8) return plan->dithered ? bf16_24bit_dithered[wide][in_two] : bf16_24bit[wide][in_two];
-    if (kept == HS_ABSENT && plan->dithered) return bf16_alone_dithered[wide][in_two];
+    WIDE_STORAGES(CHOOSE)
     return 0;
 }
 

@@ -218,6 +218,21 @@ WIDE void store_master(const struct plan *plan, int64_t i, struct pair x, enum h
         _mm256_storeu_si256((__m256i *)beside, _mm512_cvtepi16_epi8(_mm512_srli_epi16(lower, 8)));
 }
 
+/* The storages of weights that the loops of adam_avx512.c and momentum_avx512.c are made for: a name, and how they are
+ * told. */
+#define WIDE_STORAGES(each)                            \
+    each(fp32, HS_FP32, HS_ABSENT, 0)                  \
+    each(fp16_exact, HS_FP16, HS_INT16, 0)             \
+    each(bf16_exact, HS_BF16, HS_INT16, 0)             \
+    each(bf16_24bit, HS_BF16, HS_INT8, 0)              \
+    each(bf16_24bit_dithered, HS_BF16, HS_INT8, 1)     \
+    each(bf16_separate, HS_BF16, HS_FP32, 0)           \
+    each(bf16_alone_dithered, HS_BF16, HS_ABSENT, 1)
+
+ALWAYS int is_stored(const struct plan *plan, enum hs_format parameter, enum hs_format kept, int dithered) {
+    return plan->parameter == parameter && plan->kept == kept && plan->dithered == dithered;
+}
+
 /* Elements between what is worked on and what memory is asked for: measured; half and double are as good. */
 #define AHEAD 96
 

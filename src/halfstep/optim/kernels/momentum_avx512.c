@@ -73,27 +73,19 @@ WIDE void step(const struct plan *plan, int64_t begin, int64_t count, int64_t gr
     static const hs_segment name[2][3] = {{name##_sgd, name##_sgd_fp32, name##_sgd_bf16}, \
                                           {0, name##_lion_fp32, name##_lion_bf16}};
 
-LOOPS(fp32, HS_FP32, HS_ABSENT, 0)
-LOOPS(fp16_exact, HS_FP16, HS_INT16, 0)
-LOOPS(bf16_exact, HS_BF16, HS_INT16, 0)
-LOOPS(bf16_24bit, HS_BF16, HS_INT8, 0)
-LOOPS(bf16_24bit_dithered, HS_BF16, HS_INT8, 1)
-LOOPS(bf16_separate, HS_BF16, HS_FP32, 0)
-LOOPS(bf16_alone_dithered, HS_BF16, HS_ABSENT, 1)
+WIDE_STORAGES(LOOPS)
+
+#define CHOOSE(name, parameter, kept, dithered) \
+    if (is_stored(plan, parameter, kept, dithered)) return name[lion][form];
 
 hs_segment hs_wide_momentum(const struct plan *plan) {
-    const enum hs_format kept = plan->kept, state = plan->states[0];
+    const enum hs_format state = plan->states[0];
     if (!has_avx512() || plan->gradient != plan->parameter) return 0;
     if (plan->kind != HS_LION && (plan->kind != HS_SGD || (state != HS_ABSENT && plan->first_step))) return 0;
     if (plan->kind == HS_LION && (plan->first.from_end || plan->second.from_end)) return 0;
     if (state != HS_ABSENT && state != HS_FP32 && state != HS_BF16) return 0;
     const int lion = plan->kind == HS_LION, form = state == HS_ABSENT ? 0 : state == HS_FP32 ? 1 : 2;
-    if (plan->parameter == HS_FP32) return fp32[lion][form];
-    if (plan->parameter == HS_FP16) return kept != HS_INT16 ? 0 : fp16_exact[lion][form];
-    if (kept == HS_INT16) return bf16_exact[lion][form];
-    if (kept == HS_FP32) return bf16_separate[lion][form];
-    if (kept == HS_INT8) return plan->dithered ? bf16_24bit_dithered[lion][form] : bf16_24bit[lion][form];
-    if (kept == HS_ABSENT && plan->dithered) return bf16_alone_dithered[lion][form];
+    WIDE_STORAGES(CHOOSE)
     return 0;
 }
 
