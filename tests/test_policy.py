@@ -135,6 +135,14 @@ def test_a_named_policy_is_kept_with_a_word_about_the_device(
     assert said.startswith(reason)
 
 
+def test_a_policy_is_itself_and_nothing_else_is_one() -> None:
+    policy = parse("bf16-mixed:keep_fp32=head")
+    assert parse(policy) is policy
+    for wrong in (3, None, torch.bfloat16, ["bf16-mixed"]):
+        with pytest.raises(TypeError, match="a policy is a name such as 'bf16-mixed', or a Policy, not "):
+            parse(wrong)  # type: ignore[arg-type]
+
+
 def test_an_unknown_name_is_refused_by_resolve_too() -> None:
     with pytest.raises(UnknownPolicyError):
         resolve("fp8", cpu())

@@ -148,8 +148,8 @@ POLICIES: dict[str, Policy] = {
 _BY_NAME = {policy.name: policy for policy in POLICIES.values()}
 
 
-def parse(text: str) -> Policy:
-    """The policy that this text means: a name, and options after it.
+def parse(text: str | Policy) -> Policy:
+    """The policy that this text means: a name, and options after it. A policy is itself.
 
     >>> parse("bf16-mixed:rules=cuda:keep_fp32=head").keep_fp32
     ('head',)
@@ -157,7 +157,12 @@ def parse(text: str) -> Policy:
     Raises:
         UnknownPolicyError: no such name ("auto" is not a policy but the question; see `choose`).
         PolicyOptionError: an option that does not exist, stands twice, or cannot be.
+        TypeError: it is neither a text nor a policy.
     """
+    if isinstance(text, Policy):
+        return text
+    if not isinstance(text, str):
+        raise TypeError(f"a policy is a name such as 'bf16-mixed', or a Policy, not {type(text).__name__} {text!r}")
     name, options = _split(text)
     try:
         policy = _BY_NAME[name]

@@ -22,7 +22,7 @@ def autocast(policy: Policy | str, device_type: str) -> contextlib.AbstractConte
         UnknownPolicyError: the text names no policy.
         UnsupportedDeviceError: the policy changes rules that this device type does not have.
     """
-    policy = parse(policy) if isinstance(policy, str) else policy
+    policy = parse(policy)
     if not policy.lowers:
         return contextlib.nullcontext()
     plan = rules.plan(policy, device_type)
@@ -45,7 +45,7 @@ def recomputation(policy: Policy | str, device_type: str) -> Iterator[None]:
     Checkpointing restores autocast's switch and dtype by itself, but knows nothing of rules, op lists and emulation.
     With a policy that has none of them, or without checkpointing, this does nothing.
     """
-    policy = parse(policy) if isinstance(policy, str) else policy
+    policy = parse(policy)
     plan = rules.plan(policy, device_type) if policy.lowers else None
     with kernels.in_force(plan, backward=True):
         yield

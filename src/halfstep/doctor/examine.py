@@ -48,10 +48,10 @@ def examine(
         device_type: of the autocast; None takes the machine's accelerator, else its CPU.
 
     Raises:
-        UnknownPolicyError, PolicyOptionError, SilenceError: before ``fn`` runs.
+        UnknownPolicyError, PolicyOptionError, SilenceError, TypeError: before ``fn`` runs.
         NoSuchModuleError: after it: no module that was called matches a pattern of the policy's ``keep_fp32``.
     """
-    chosen = parse(policy) if isinstance(policy, str) else policy
+    chosen = None if policy is None else parse(policy)
     rules = [Silence.parse(rule) if isinstance(rule, str) else rule for rule in silence]
     if device_type is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)

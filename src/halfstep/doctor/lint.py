@@ -77,7 +77,7 @@ def lint(
 
     A rule that fails stops no other, and nothing is raised: it is a note, HS506.
     """
-    policy = parse(policy) if isinstance(policy, str) else policy
+    policy = None if policy is None else parse(policy)
     failures: dict[str, list[str]] = {}
     found: list[Finding] = []
     try:
