@@ -25,6 +25,8 @@ import platform
 import statistics
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +80,23 @@ def _warm_up_and_cosine(step: int, warmup: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0))
 
 
-def pretraining(steps: int, seeds: int, pair_seeds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def pretraining(steps: int, seeds: int, pair_seeds: int, pool: Executor, say: Callable[[str], None]) -> dict[str, Any]:
     """Every pair against FP32, seed by seed."""
-    reference = []
-    for seed in range(seeds):
-        reference.append(pretrain(seed, steps, None, "fp32", None, "bf16"))
-        say(f"fp32 seed {seed}: {reference[-1]:.4f}")
-    rows = [("bf16", master, state, None) for master in MASTERS for state in STATES]
+    rows: list[tuple[str, str, str, str | None]] = []
+    rows += [("bf16", master, state, None) for master in MASTERS for state in STATES]
     rows += [("bf16", "24bit", "8bit", "stochastic"), ("bf16", "none", "fp32", "kahan")]
     rows += [("bf16", "none", "fp32", "nearest")]
-    rows += [
-        ("fp16", master, state, None) for master, state in (("exact", "fp32"), ("24bit", "8bit"), ("none", "bf16"))
+    rows += [("fp16", "exact", "fp32", None), ("fp16", "24bit", "8bit", None), ("fp16", "none", "bf16", None)]
+    runs = [pool.submit(pretrain, seed, steps, None, "fp32", None, "bf16") for seed in range(seeds)]
+    asked = [
+        [pool.submit(pretrain, seed, steps, master, state, rounding, low) for seed in range(pair_seeds)]
+        for low, master, state, rounding in rows
     ]
+    reference = [run.result() for run in runs]
+    say(f"fp32: {reference}")
     pairs = []
-    for low, master, state, rounding in rows:
-        losses = [pretrain(seed, steps, master, state, rounding, low) for seed in range(pair_seeds)]
+    for (low, master, state, rounding), of_pair in zip(rows, asked, strict=True):
+        losses = [run.result() for run in of_pair]
         differences = [a - b for a, b in zip(losses, reference, strict=False)]
         pairs.append(
             {
@@ -208,6 +212,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of pretraining, and of fine-tuning")
     parser.add_argument("--seeds", type=int, default=5, help="of FP32: how far do seeds lie apart?")
     parser.add_argument("--pair-seeds", type=int, default=1, help="of each pair, compared seed by seed")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of pretraining, a thread each")
     parser.add_argument("--lr", type=float, default=2e-5, help="of fine-tuning")
     parser.add_argument("--part", choices=["pretraining", "finetuning", "both"], default="both")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -220,7 +225,8 @@ def main() -> None:
         print(line, flush=True)
 
     if args.part != "finetuning":
-        result["pretraining"] = pretraining(args.steps, args.seeds, args.pair_seeds, say)
+        with ProcessPoolExecutor(args.processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            result["pretraining"] = pretraining(args.steps, args.seeds, args.pair_seeds, pool, say)
     if args.part != "pretraining":
         result["finetuning"] = finetuning(args.steps, args.steps, args.lr, args.pair_seeds, say)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
