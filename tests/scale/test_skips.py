@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from halfstep.optim import MasterWeights
 from halfstep.scale import Cause, GradScaler, LossScaleError, Skip
 
 READS = {
@@ -256,4 +257,32 @@ def test_accelerate_holds_its_scheduler(fused: bool) -> None:
         scheduler.step()
         optimizer.zero_grad()
         seen.append((accelerator.optimizer_step_was_skipped, scheduler.get_last_lr()[0]))
+    assert seen == [(False, 0.0625), (True, 0.0625), (False, 0.03125)]
+
+
+@pytest.mark.parametrize("kind", ["masters", "fused"])
+def test_accelerate_holds_its_scheduler_with_fp16_gradients(kind: str) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed")
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.scaler = GradScaler("cpu", init_scale=2.0**12)
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    plain = torch.nn.Parameter(torch.ones(3))
+    own: Any = torch.optim.AdamW([weight], lr=0.125, fused=kind == "fused")
+    own = MasterWeights(own) if kind == "masters" else own
+    own_scheduler = torch.optim.lr_scheduler.StepLR(own, 1, 0.5)
+    optimizer, scheduler = accelerator.prepare_optimizer(own), accelerator.prepare_scheduler(own_scheduler)
+    expected = torch.optim.AdamW([plain], lr=0.125)
+    seen, lr = [], 0.125
+    for factor in (1.0, math.inf, 0.5):
+        accelerator.backward((weight * factor).sum())
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if factor < math.inf:
+            plain.grad = torch.full((3,), factor)
+            expected.param_groups[0]["lr"] = lr
+            expected.step()
+            lr /= 2
+        seen.append((accelerator.optimizer_step_was_skipped, scheduler.get_last_lr()[0]))
+        torch.testing.assert_close(weight.float(), plain, rtol=2e-3, atol=0)
     assert seen == [(False, 0.0625), (True, 0.0625), (False, 0.03125)]

@@ -83,7 +83,8 @@ class MasterWeights(Optimizer):
         scaler.update()
 
     With FP16 gradients PyTorch's scaler calls `step` also where it is skipped, as that of fused optimizers: do not take
-    the call for a step, as Accelerate does to hold its schedulers back.
+    the call for a step, as Accelerate does to hold its schedulers back. `halfstep.GradScaler` looks first, and does not
+    call it where somebody listens.
 
     Hooks on this object see the parameters, hooks on the optimizer within see masters, and so do the global ones.
     Methods that torch optimizers do not have are called on ``optimizer.optimizer``: inside `exchanged`, and followed

@@ -38,6 +38,11 @@ def parameters(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
+def holds_fp16(optimizer: Optimizer) -> bool:
+    """Whether any gradient is FP16: divided by the scale as it is, it could lose what the scale was for."""
+    return any(p.grad is not None and p.grad.dtype is torch.float16 for p in parameters(optimizer))
+
+
 def by_kind(optimizer: Optimizer, allow_fp16: bool, name_of: Callable[[Tensor], str]) -> dict[Kind, list[Tensor]]:
     """The optimizer's gradients as dense tensors that share their memory, by device, format and sharding.
 

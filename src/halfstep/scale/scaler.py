@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from halfstep.scale.diagnosis import Cause, LossScaleError, explain
 from halfstep.scale.fused import divides_itself, is_listened_to
-from halfstep.scale.gradients import Group, agreed, multiply_
+from halfstep.scale.gradients import Group, agreed, holds_fp16, multiply_
 from halfstep.scale.measure import first_scale, in_float32
 from halfstep.scale.separate import SeparateLosses
 from halfstep.scale.skips import Skip, SkipCount, Verdict, Verdicts, read_together, total
@@ -245,7 +245,8 @@ class GradScaler(torch.amp.GradScaler):
         may_grow = self._limits.min_scale < 1  # a gradient, when it is divided
         if (may_grow or listened_to) and state["stage"] is not OptState.STEPPED and divides_itself(optimizer):
             if state["stage"] is OptState.READY:  # its kernel divides after the check, so divide and look before
-                self.unscale_(optimizer)
+                # FP16 is divided in FP32, within the step, where no quotient overflows.
+                (self._check_inf_per_device if holds_fp16(optimizer) else self.unscale_)(optimizer)
             if listened_to and self._learn(self._verdict(optimizer)):
                 state["stage"] = OptState.STEPPED
                 return None
