@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfstep import optim
-from halfstep.optim.pages import HUGE, float32_of, zeros_like
+from halfstep.optim.pages import HUGE, Room, zeros_like
 
 linux = pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists() or not hasattr(mmap, "MADV_HUGEPAGE"),
@@ -135,7 +135,7 @@ def test_copies_in_one_piece_of_memory_are_what_pytorch_copies(dtype: torch.dtyp
     given.append(torch.ones(3, dtype=dtype).expand(600_000, 3))
     given.append(torch.eye(900, dtype=dtype).to_sparse())
     before = [t.clone() for t in given]
-    copies = float32_of(given)
+    copies = Room().float32_of(given)
     for tensor, copied in zip(given, copies, strict=True):
         expected = tensor.float()
         assert copied.dtype is torch.float32 and not copied.requires_grad
@@ -149,7 +149,7 @@ def test_copies_in_one_piece_of_memory_are_what_pytorch_copies(dtype: torch.dtyp
 
 
 def test_copies_do_not_overlap() -> None:
-    copies = float32_of([torch.full((n,), float(n)).bfloat16() for n in (1, 0, 15, 16, 17, HUGE // 4, 33)])
+    copies = Room().float32_of([torch.full((n,), float(n)).bfloat16() for n in (1, 0, 15, 16, 17, HUGE // 4, 33)])
     for number, copied in enumerate(copies):
         copied.fill_(number)
     assert [copied.unique().tolist() for copied in copies] == [[0.0], [], [2.0], [3.0], [4.0], [5.0], [6.0]]
@@ -157,18 +157,74 @@ def test_copies_do_not_overlap() -> None:
 
 
 def test_copies_of_nothing() -> None:
-    assert float32_of([]) == []
+    assert Room().float32_of([]) == []
 
 
 @linux
 def test_copies_take_huge_pages_and_give_them_back() -> None:
-    copies = float32_of([torch.ones(HUGE // 4).half() for _ in range(4)])
+    room = Room()
+    copies = room.float32_of([torch.ones(HUGE // 4).half() for _ in range(4)])
     address = copies[0].data_ptr()
     assert address % HUGE == 0
     assert is_asked_for(address)
     assert resident(address, address + 4 * HUGE) == 4 * HUGE
-    del copies
+    del copies, room
     assert resident(address, address + 4 * HUGE) == 0
+
+
+@linux
+def test_what_was_lent_is_used_again() -> None:
+    room = Room()
+    given = [torch.randn(HUGE // 4).half(), torch.randn(17).half()]
+    copies = room.float32_of(given)
+    address = copies[0].data_ptr()
+    copies.clear()
+    for _ in range(3):
+        room.lend()
+        copies = room.float32_of(given)
+        assert copies[0].data_ptr() == address
+        assert all(torch.equal(copied, tensor.float()) for copied, tensor in zip(copies, given, strict=True))
+        copies.clear()
+    room.lend()
+    others = room.float32_of([torch.ones(HUGE // 2).half()])  # of another size
+    assert bool((others[0] == 1).all())
+
+
+@linux
+def test_what_somebody_holds_is_never_lent_nor_written() -> None:
+    room = Room()
+    held = room.float32_of([torch.ones(HUGE // 4).half()])[0][5:]
+    room.lend()
+    again = room.float32_of([torch.zeros(HUGE // 4).half()])
+    assert bool((held == 1).all())
+    assert room.float32_of([torch.full((HUGE // 4,), 2.0)])[0][0] == 2  # without lending in between
+    assert bool((again[0] == 0).all())
+    assert bool((held == 1).all())
+
+
+@linux
+def test_a_system_that_takes_no_loans_gets_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("halfstep.optim.pages.mmap.MADV_FREE")
+    room = Room()
+    copies = room.float32_of([torch.ones(HUGE // 4).half()])
+    address = copies[0].data_ptr()
+    del copies
+    room.lend()
+    assert resident(address, address + HUGE) == 0
+
+
+@linux
+def test_masters_gradients_that_a_script_keeps_stay_what_they_were() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(HUGE // 4, dtype=torch.bfloat16))
+    optimizer = optim.MasterWeights(torch.optim.SGD([parameter], lr=0.5))
+    kept = []
+    for value in (1.0, 2.0, 3.0):
+        parameter.grad = torch.full_like(parameter, value)
+        with optimizer.exchanged():
+            kept.append(optimizer.param_groups[0]["params"][0].grad)
+        optimizer.step()
+    assert [tensor.unique().tolist() for tensor in kept] == [[1.0], [2.0], [3.0]]
+    assert bool((optimizer.of(parameter) == -3).all())
 
 
 def a_step(weight: Tensor) -> tuple[torch.nn.Parameter, optim.AdamW]:

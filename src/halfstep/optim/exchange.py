@@ -35,6 +35,7 @@ class Exchange:
         self.optimizer = optimizer
         self.masters = masters
         self.is_made = False
+        self._room = pages.Room()
 
     def master_of(self, parameter: Tensor) -> Tensor:
         """The master of a parameter, made now if there is none; the parameter itself if it is not 16-bit."""
@@ -76,7 +77,7 @@ class Exchange:
         present = [(parameter, parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
         low = [(self.masters[p], gradient) for p, gradient in present if p in self.masters]
         self.drop_gradients()  # also of those that have none this time
-        copies = pages.float32_of([gradient for _, gradient in low])
+        copies = self._room.float32_of([gradient for _, gradient in low])
         for (master, _), copy in zip(low, copies, strict=True):
             master.grad = copy
         multiply_([*copies, *(gradient for p, gradient in present if p not in self.masters)], factors)
@@ -85,6 +86,7 @@ class Exchange:
         """Free the masters' gradients; the parameters keep theirs."""
         for master in self.masters.values():
             master.grad = None
+        self._room.lend()
 
     @torch.no_grad()
     def cast_back(self) -> None:
