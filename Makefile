@@ -20,7 +20,7 @@ lint: $(STAMP)
 
 check: lint test
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/halfstep/optim/kernels/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/halfstep/optim/backends/kernels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-KERNELS = Path("src/halfstep/optim/kernels")
+KERNELS = Path("src/halfstep/optim/backends/kernels")
 
 # Contraction would round differently from torch where torch does not contract; nobody reads errno or traps. Never
 # -ffast-math: it assumes that NaN and infinity do not exist, and links code by which the whole process loses
@@ -20,7 +20,7 @@ if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
 setup(
     ext_modules=[
         Extension(
-            "halfstep.optim._kernels",
+            "halfstep.optim.backends._kernels",
             sources=sorted(path.as_posix() for path in KERNELS.glob("*.c")),
             depends=sorted(path.as_posix() for path in KERNELS.glob("*.h")),
             extra_compile_args=[] if sys.platform == "win32" else FLAGS,

@@ -140,7 +140,7 @@ def test_the_checker_finds_what_it_is_for(file: str, source: str, found: str) ->
     ("file", "source"),
     [
         ("engine.py", "from halfstep import hardware\nfrom halfstep.optim import MasterWeights\nfrom torch import nn"),
-        ("optim/__init__.py", "from halfstep.optim.master import MasterWeights\nfrom .master import MasterWeights"),
+        ("optim/__init__.py", "from halfstep.optim.plain import export_fp32\nfrom .plain import export_fp32"),
         ("cli/demo.py", "import halfstep.workloads"),
         ("__main__.py", "from halfstep.cli import main"),
         ("hardware.py", "from halfstep import __version__"),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from halfstep import optim
-from halfstep.optim import backends, compiled
+from halfstep.optim import backends
+from halfstep.optim.backends import compiled
 
 pytestmark = [
     pytest.mark.skipif(bool(compiled.missing("cpu")), reason=compiled.missing("cpu") or "-"),
@@ -102,7 +103,7 @@ def test_backends_by_name_and_device() -> None:
 
 
 def test_without_the_compiled_kernels_one_warning_and_the_eager_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    from halfstep.optim import native
+    from halfstep.optim.backends import native
 
     backends._load.cache_clear()
     backends._notice.cache_clear()

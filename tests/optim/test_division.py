@@ -19,11 +19,11 @@ import torch
 from native_cases import CorrectRoots, assert_same_bits, clone, make_job
 from torch import Tensor
 
-import halfstep.optim
-from halfstep.optim import eager, native
+from halfstep.optim import backends
+from halfstep.optim.backends import eager, native
 from halfstep.optim.rules import Adam
 
-KERNELS = Path(halfstep.optim.__file__).parent / "kernels"
+KERNELS = Path(backends.__file__).parent / "kernels"
 COMPILER = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
 
 PROGRAM = r"""

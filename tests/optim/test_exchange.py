@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from halfstep.optim import exchange, native
+from halfstep.optim.backends import native
+from halfstep.optim.master_weights import exchange
 
 HALVES = [torch.bfloat16, torch.float16]
 needs_library = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "there")

@@ -16,7 +16,8 @@ import torch
 from native_cases import DTYPES, LR, RULES, STORAGES, CorrectRoots, assert_same_bits, clone, make_job, named
 
 import halfstep
-from halfstep.optim import eager, masters, native
+from halfstep.optim import masters
+from halfstep.optim.backends import eager, native
 from halfstep.optim.rules import Adam, Rule
 from halfstep.optim.update import Job
 
@@ -296,7 +297,7 @@ def test_threads_and_neighbours_do_not_change_a_bit() -> None:
 def test_a_child_after_fork_steps_as_well() -> None:
     script = """
 import os, torch
-from halfstep.optim import native
+from halfstep.optim.backends import native
 from halfstep.optim.rules import SGD
 from halfstep.optim.update import Job
 torch.set_num_threads(2)

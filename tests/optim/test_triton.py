@@ -26,7 +26,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfstep.optim import cuda, eager, masters, moments
+from halfstep.optim import masters, moments
+from halfstep.optim.backends import cuda, eager
 from halfstep.optim.rules import SGD, Adam, Lion, Rule
 from halfstep.optim.update import Job
 

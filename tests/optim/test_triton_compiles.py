@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfstep.optim import cuda
+from halfstep.optim.backends import cuda
 
 pytest.importorskip("triton", reason="needs Triton, which is there for Linux only")
 if os.environ.get("TRITON_INTERPRET") == "1":

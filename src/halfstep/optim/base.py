@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from halfstep.optim import backends, masters, moments, pages
 from halfstep.optim.adopting import adopt
 from halfstep.optim.backends import BackendName
+from halfstep.optim.clipping import inverse
 from halfstep.optim.jobs import Jobs
 from halfstep.optim.layout import (
     flat,
@@ -32,7 +33,6 @@ from halfstep.optim.layout import (
     shards_first_dimension,
 )
 from halfstep.optim.loading import load_state
-from halfstep.optim.master_gradients import inverse
 from halfstep.optim.masters import Master, Rounding
 from halfstep.optim.moments import State
 from halfstep.optim.options import check_storage

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from halfstep.optim import backends
 from halfstep.optim.backends import BackendName
+from halfstep.optim.clipping import clip_coefficient
 from halfstep.optim.layout import flat, is_dense, is_sharded, local
-from halfstep.optim.master_gradients import clip_coefficient
 from halfstep.optim.update import Survey
 
 

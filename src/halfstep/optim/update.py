@@ -13,7 +13,7 @@ them one step further. What is stored how can be seen from the tensors' dtypes:
 ``step``            float32 0-d on the parameter's device: steps applied so far
 ==================  ===========================================================================
 
-An update, in the words of the oracle (`halfstep.optim.eager`)::
+An update, in the words of the oracle (`halfstep.optim.backends.eager`)::
 
     if found_inf: nothing at all changes
     step += 1
@@ -60,7 +60,7 @@ class Survey(NamedTuple):
 
 
 class Backend(Protocol):
-    """A way of computing updates. All of them keep the meaning of `halfstep.optim.eager`."""
+    """A way of computing updates. All of them keep the meaning of `halfstep.optim.backends.eager`."""
 
     name: str
 

@@ -1,10 +1,10 @@
 """The backend in C: for tensors in the host's memory, every job of an update in one call.
 
-What is computed is `halfstep.optim.eager`'s, bit for bit but where `tests/optim/test_native.py` says otherwise. The C
-sources lie in ``kernels/`` (begin with ``halfstep.h``); the package's installation compiles them into a plain shared
-library beside this file where there is a compiler, and goes on without where there is none: `missing` then says
-why. The library knows of neither torch nor Python: it gets a table of addresses, and the interpreter's lock is free
-while it works.
+What is computed is `halfstep.optim.backends.eager`'s, bit for bit but where `tests/optim/test_native.py` says
+otherwise. The C sources lie in ``kernels/`` (begin with ``halfstep.h``); the package's installation compiles them into
+a plain shared library beside this file where there is a compiler, and goes on without where there is none: `missing`
+then says why. The library knows of neither torch nor Python: it gets a table of addresses, and the interpreter's lock
+is free while it works.
 """
 
 from __future__ import annotations

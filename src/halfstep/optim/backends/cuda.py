@@ -1,10 +1,11 @@
 """The backend for CUDA devices: Triton kernels that step many tensors in one launch.
 
-`update` launches `halfstep.optim.triton_kernels.prepare` once, and one kernel for each combination of dtypes among the
-jobs, over a table of addresses. The host only compares addresses with those of the last call: where they changed (new
-gradients), the table goes to the device again, in one copy that nothing waits for. Everything else a step depends on is
-read by the kernels: step counts, the coefficient, the flag for a skip, a learning rate that is a tensor on the device.
-So nothing keeps steps from being captured in a CUDA graph; what a capture copies from is kept for its replays.
+`update` launches `halfstep.optim.backends.triton_kernels.prepare` once, and one kernel for each combination of dtypes
+among the jobs, over a table of addresses. The host only compares addresses with those of the last call: where they
+changed (new gradients), the table goes to the device again, in one copy that nothing waits for. Everything else a step
+depends on is read by the kernels: step counts, the coefficient, the flag for a skip, a learning rate that is a tensor
+on the device. So nothing keeps steps from being captured in a CUDA graph; what a capture copies from is kept for its
+replays.
 
 Triton is imported at the first call: torch's builds for CUDA bring it. With ``TRITON_INTERPRET=1`` in the environment
 the kernels run on tensors in the host's memory, slowly, which is how they are tested without a device.
@@ -201,7 +202,7 @@ def _halves(value: float) -> tuple[float, float]:
 
 @functools.cache
 def _kernels() -> Any:
-    from halfstep.optim import triton_kernels
+    from halfstep.optim.backends import triton_kernels
 
     return triton_kernels
 
@@ -272,7 +273,7 @@ def _format(place: _Place) -> _Format:
 
 
 def _row(place: _Place) -> list[int]:
-    """One row of the table, in the order of the columns in `halfstep.optim.triton_formats`."""
+    """One row of the table, in the order of the columns in `halfstep.optim.backends.triton_formats`."""
     three = [(*addresses, 0, 0, 0)[:3] for addresses in (place.states, place.scales)]
     keys = [dither.key(place.seed, place.ordinal, stream, place.first) for stream in (dither.WEIGHT, *dither.STATE)]
     addresses = [place.parameter, place.gradient, place.kept, *three[0], *three[1], place.step]

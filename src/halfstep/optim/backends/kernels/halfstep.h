@@ -1,9 +1,9 @@
-/* The interface between halfstep.optim.native (Python, ctypes) and the compiled update.
+/* The interface between halfstep.optim.backends.native (Python, ctypes) and the compiled update.
  *
  * One call does all jobs of an update: Python fills a table with one row for each parameter, C shares the work out
  * over threads and returns when all is done. Nothing here knows of torch or of Python, so one library serves every
  * version of both. The meaning of every number is that of halfstep/optim/{masters,moments,rules,dither}.py, and
- * halfstep/optim/eager.py is the oracle.
+ * halfstep/optim/backends/eager.py is the oracle.
  */
 #ifndef HALFSTEP_H
 #define HALFSTEP_H

@@ -18,7 +18,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from halfstep.optim import eager
+from halfstep.optim.backends import eager
 from halfstep.optim.update import Backend
 
 BackendName = Literal["auto", "native", "triton", "compile", "eager"]
@@ -60,16 +60,16 @@ def _load(name: str, device_type: str) -> tuple[Backend | None, str]:
     if name == "eager":
         return cast(Backend, eager), ""
     if name == "native":
-        from halfstep.optim import native
+        from halfstep.optim.backends import native
 
         missing = native.missing() if device_type == "cpu" else "its kernels work on the host's memory only"
         return (None, missing) if missing else (cast(Backend, native), "")
     if name == "triton":
-        from halfstep.optim import cuda
+        from halfstep.optim.backends import cuda
 
         missing = cuda.missing(device_type)
         return (None, missing) if missing else (cast(Backend, cuda), "")
-    from halfstep.optim import compiled
+    from halfstep.optim.backends import compiled
 
     missing = compiled.missing(device_type)
     return (None, missing) if missing else (cast(Backend, compiled), "")

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from halfstep.autocast import LOW_PRECISION
-from halfstep.optim import native, pages
+from halfstep.optim import pages
+from halfstep.optim.backends import native
+from halfstep.optim.clipping import multiply_
 from halfstep.optim.layout import is_plain, local
-from halfstep.optim.master_gradients import multiply_
 
 
 class Exchange:

@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from halfstep.optim.exchange import Exchange
-from halfstep.optim.master_gradients import clip_coefficient, inverse, multiply_, total_norm
-from halfstep.optim.state_view import StateView, with_masters, without_masters
+from halfstep.optim.clipping import clip_coefficient, inverse, multiply_, total_norm
+from halfstep.optim.master_weights.exchange import Exchange
+from halfstep.optim.master_weights.state_view import StateView, with_masters, without_masters
 
 
 def _with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfstep.optim import dither, eager, masters, moments, rules
+from halfstep.optim import dither, masters, moments, rules
+from halfstep.optim.backends import eager
 from halfstep.optim.rules import Rule
 from halfstep.optim.update import Job, Survey
 

@@ -1,8 +1,9 @@
 """Triton kernels of one step: `prepare`, one for each family of rules, and the survey of gradients.
 
-Each is what `halfstep.optim.eager` does, in one pass over memory for all tensors of a launch; storage and addresses are
-in `halfstep.optim.triton_formats`. `prepare` runs first: it counts the step, and computes in float64, on the device,
-what is the same for all elements of a job, so that nothing waits for a step count, a learning rate or a flag.
+Each is what `halfstep.optim.backends.eager` does, in one pass over memory for all tensors of a launch; storage and
+addresses are in `halfstep.optim.backends.triton_formats`. `prepare` runs first: it counts the step, and computes in
+float64, on the device, what is the same for all elements of a job, so that nothing waits for a step count, a learning
+rate or a flag.
 
 **Rounding.** Launches turn the contraction of products and sums off, and the rules ask for the rounded square root and
 division: they round where they are written to, alike for every storage, so an `exact` master gets the bits that an FP32
@@ -18,7 +19,7 @@ the oracle are the places where torch's own kernels are compiled to fuse and the
 import triton
 import triton.language as tl
 
-from halfstep.optim.triton_formats import (
+from halfstep.optim.backends.triton_formats import (
     COLUMNS,
     GRADIENT,
     GROUP,

@@ -1,4 +1,4 @@
-"""Gradients of masters: their norm in FP32, and factors that unscale and clip them.
+"""The norm of gradients in FP32, and the factors that unscale and clip them.
 
 The formulas are PyTorch's (``torch.nn.utils.clip_grad``, ``torch.amp.grad_scaler``), so that a step equals the loop
 that anyone would write by hand with them.
