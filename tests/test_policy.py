@@ -22,8 +22,13 @@ def gpu(major: int, minor: int) -> DeviceFacts:
     return facts(cuda_formats((major, minor)))
 
 
-def cpu(**features: Any) -> DeviceFacts:
-    return facts(cpu_formats({"architecture": "x86_64", **features}))
+def cpu(bf16: float, fp16: float, **features: Any) -> DeviceFacts:
+    """A CPU whose 16-bit products run at these multiples of FP32's rate."""
+    return facts(cpu_formats(features, {"bf16": bf16, "fp16": fp16}))
+
+
+AVX2 = cpu(0.4, 0.05)
+AMX = cpu(8.0, 1.05, amx_bf16=True, avx512_fp16=True)
 
 
 def test_the_table_in_the_docstring_is_the_code() -> None:
@@ -84,11 +89,11 @@ def test_a_name_like_no_other_gets_no_suggestion_and_auto_is_no_policy() -> None
         (gpu(8, 0), "bf16-mixed", "no loss scaling is needed"),  # A100
         (gpu(8, 6), "bf16-mixed", "bf16 is native here .*8.6"),  # RTX 30
         (gpu(9, 0), "bf16-mixed", "bf16 is native"),
-        (cpu(avx512_bf16=True), "bf16-mixed", "avx512_bf16"),
-        (cpu(amx_bf16=True, amx_fp16=True), "bf16-mixed", "amx_bf16"),
-        (cpu(), "fp32", "40 times slower"),
-        (cpu(avx512_fp16=True), "fp16-mixed", "avx512_fp16"),
-        (facts(cpu_formats({"architecture": "aarch64"})), "fp32", "fp16 is unknown"),
+        (cpu(1.8, 0.025, avx512_bf16=True), "bf16-mixed", "avx512_bf16.* 1.8 ×"),  # Zen 4
+        (AMX, "bf16-mixed", "amx_bf16.* 8.0 ×"),
+        (AVX2, "fp32", "bf16 is emulated .*0.4 ×.*fp16 is slow .*0.05 ×"),
+        (cpu(0.2, 0.15, amx_bf16=True), "fp32", "bf16 is slow .amx_bf16.* 0.2 ×"),  # a library that stays with AVX2
+        (cpu(0.9, 2.0, fphp=True), "fp16-mixed", "fp16 is native"),
     ],
 )
 def test_each_device_gets_its_policy_and_reason(device: DeviceFacts, expected: str, because: str) -> None:
@@ -112,16 +117,16 @@ def test_fp16_is_chosen_only_where_it_is_native() -> None:
 @pytest.mark.parametrize(
     ("asked", "device", "effect", "reason"),
     [
-        ("fp32", cpu(), "fp32", "as asked; fp32 is native here (every CPU)"),
-        ("bf16-master", cpu(amx_bf16=True), "bf16-master", "as asked; bf16 is native here (amx_bf16)"),
-        ("fp16-mixed", cpu(), "fp16-mixed", "as asked; note that fp16 is slow here (neither AVX512_FP16"),
-        ("tf32", cpu(), "fp32", "tf32 was asked for, but is missing here (TF32 is a format of GPUs): this is fp32"),
+        ("fp32", AVX2, "fp32", "as asked; fp32 is native here (every CPU)"),
+        ("bf16-master", AMX, "bf16-master", "as asked; bf16 is native here (amx_bf16: products at 8.0 ×"),
+        ("fp16-mixed", AVX2, "fp16-mixed", "as asked; note that fp16 is slow here (neither AMX_FP16 nor AVX512_FP16"),
+        ("tf32", AVX2, "fp32", "tf32 was asked for, but is missing here (TF32 is a format of GPUs): this is fp32"),
         ("tf32", gpu(7, 5), "fp32", "tf32 was asked for, but is missing here"),
         ("tf32", gpu(8, 0), "tf32", "as asked; tf32 is native here"),
         ("bf16-mixed", gpu(7, 5), "bf16-mixed", "as asked; note that bf16 is emulated here"),
         (
             "fp8-mixed:emulate",
-            cpu(amx_bf16=True),
+            AMX,
             "fp8-mixed:emulate",
             "as asked; operands of matrix products are rounded",
         ),
@@ -145,4 +150,4 @@ def test_a_policy_is_itself_and_nothing_else_is_one() -> None:
 
 def test_an_unknown_name_is_refused_by_resolve_too() -> None:
     with pytest.raises(UnknownPolicyError):
-        resolve("fp8", cpu())
+        resolve("fp8", AVX2)

@@ -108,10 +108,10 @@ def test_ops_mean_their_overloads_that_return_a_new_tensor() -> None:
 
 
 def test_options_hold_for_what_auto_chooses_if_it_lowers() -> None:
-    def device(**features: object) -> DeviceFacts:
-        return DeviceFacts("cpu", "a device", 2**30, cpu_formats({"architecture": "x86_64", **features}), "")
+    def device(bf16: float = 0.4) -> DeviceFacts:
+        return DeviceFacts("cpu", "a device", 2**30, cpu_formats({}, {"bf16": bf16, "fp16": 0.02}), "")
 
-    policy, _ = resolve("auto:rules=cuda:keep_fp32=head", device(avx512_bf16=True))
+    policy, _ = resolve("auto:rules=cuda:keep_fp32=head", device(bf16=2.0))
     assert str(policy) == "bf16-mixed:keep_fp32=head:rules=cuda"
     policy, reason = resolve("auto:rules=cuda", device())
     assert policy is POLICIES["fp32"] and "rules would have no effect" in reason

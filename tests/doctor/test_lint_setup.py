@@ -15,7 +15,7 @@ from halfstep.doctor.lint import lint
 from halfstep.hardware import DeviceFacts, cpu_formats, cuda_formats
 from halfstep.policy import parse
 
-SLOW_CPU = DeviceFacts("cpu", "an old CPU", 1, cpu_formats({"architecture": "x86_64"}), "")
+SLOW_CPU = DeviceFacts("cpu", "an old CPU", 1, cpu_formats({}, {"bf16": 0.4, "fp16": 0.02}), "")
 T4 = DeviceFacts("cuda", "Tesla T4", 1, cuda_formats((7, 5)), "")
 P100 = DeviceFacts("cuda", "P100", 1, cuda_formats((6, 0)), "")
 A100 = DeviceFacts("cuda", "A100", 1, cuda_formats((8, 0)), "")

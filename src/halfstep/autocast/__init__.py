@@ -14,6 +14,7 @@ storage    `store_parameters`: parameters in the policy's format, for master-wei
 
 from halfstep.autocast.containers import LOW_PRECISION, cast_inputs, to_float32
 from halfstep.autocast.islands import Islands, NoSuchModuleError, keep_fp32
+from halfstep.autocast.kernels import MissingKernelWarning
 from halfstep.autocast.region import autocast, float32_precision, recomputation
 from halfstep.autocast.rules import UnsupportedDeviceError
 from halfstep.autocast.storage import FP32_ISLANDS, store_parameters
@@ -22,6 +23,7 @@ __all__ = [
     "FP32_ISLANDS",
     "LOW_PRECISION",
     "Islands",
+    "MissingKernelWarning",
     "NoSuchModuleError",
     "UnsupportedDeviceError",
     "autocast",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import warnings
 import weakref
@@ -50,6 +51,14 @@ _thread = _ThreadState()
 _lock = threading.RLock()
 _libraries: dict[Plan, tuple[int, list[torch.library.Library]]] = {}
 _backward_plans: list[Plan | None] = []  # for backward threads of devices, which have no regions of their own
+
+
+class MissingKernelWarning(UserWarning):
+    """An op stays in FP32 because this CPU has no kernel for it in the policy's format. Given once for each."""
+
+
+#: Who is told of that instead; `halfstep run` makes it a notice with the script's line.
+listeners: list[Callable[[str], None]] = []
 
 
 def active() -> bool:
@@ -114,7 +123,8 @@ def _register(plan: Plan) -> list[torch.library.Library]:
             namespace, _, op = _qualified(name).partition("::")
             if namespace not in libraries:
                 libraries[namespace] = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]  # as above
-            libraries[namespace].impl(op, kernel, key, with_keyset=True)  # type: ignore[no-untyped-call]  # as above
+            # Regions with rules of their own nest and overlap: an op may be overridden twice.
+            libraries[namespace].impl(op, kernel, key, with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]  # as above
     return list(libraries.values())
 
 
@@ -155,6 +165,8 @@ def _kernel(name: str, device_type: str) -> Kernel:
             return op.redispatch(keyset & below, *args, **kwargs)
         low = torch.get_autocast_dtype(device_type)
         target = op
+        if name in plan.kept and rule == "fp32":
+            _tell_of_kept(name, low)
         if _thread.inside:
             rule = "none"
         elif rule != "none":
@@ -279,3 +291,27 @@ def _cast(tensor: Tensor, to: torch.dtype) -> Tensor:
     cast = tensor.to(to)
     _thread.weights[key] = _CastWeight(weakref.ref(tensor), tensor._version, cast)
     return cast
+
+
+#: Called by another name than their own.
+_SPOKEN = {"mkldnn_rnn_layer": "LSTM layers"}
+
+
+@functools.cache
+def _warn_of_kept(message: str) -> None:
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("halfstep", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, MissingKernelWarning, stacklevel=level)
+
+
+def _tell_of_kept(name: str, low: torch.dtype) -> None:
+    message = (
+        f"{_SPOKEN.get(name, name)} stay in FP32: this CPU has no kernel for training them in "
+        f"{str(low).removeprefix('torch.')} (oneDNN needs AVX512_BF16 or AMX_BF16 for bfloat16, AMX_FP16 for float16); "
+        "`emulate` in the policy shows what the format would do to them"
+    )
+    for listener in listeners:
+        listener(message)
+    if not listeners:
+        _warn_of_kept(message)

@@ -7,7 +7,8 @@ the device.
 
 Source of the lists: PyTorch's ``aten/src/ATen/autocast_mode.h`` (the ``AT_FORALL_…`` macros) and ``autocast_mode.cpp``
 (``TORCH_LIBRARY_IMPL(aten, Autocast…)``). The dispatcher can be asked for the ops, not for their category, so the
-categories are kept here; a test holds the table to the dispatcher's list.
+categories of all supported versions' ops are kept here, and `cuda_rules` leaves out what this PyTorch's list lacks.
+`unlisted` names the ops that a PyTorch newer than this table added; a test holds it empty.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from halfstep.autocast.float8 import MADE_OF_PRODUCTS, PRODUCTS
 from halfstep.policy import Policy, overloads
@@ -34,7 +36,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-CUDA: Mapping[Rule, tuple[str, ...]] = MappingProxyType(
+_CUDA: Mapping[Rule, tuple[str, ...]] = MappingProxyType(
     {
         "lower": _names("""
             _convolution.deprecated _convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input
@@ -52,7 +54,7 @@ CUDA: Mapping[Rule, tuple[str, ...]] = MappingProxyType(
             binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d
             _upsample_nearest_exact1d upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d
             _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d
-            upsample_bicubic2d _upsample_bicubic2d_aa
+            upsample_bicubic2d _upsample_bicubic2d_aa linalg_matrix_sqrth
             """),
         "fp32_set_opt_dtype": _names("""
             prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm linalg_matrix_norm
@@ -68,6 +70,12 @@ CUDA: Mapping[Rule, tuple[str, ...]] = MappingProxyType(
 #: its work, and takes its rule.
 CUDNN_ONLY = ("_cudnn_rnn",)
 _CUDNN_STAND_INS = ("mkldnn_rnn_layer",)
+
+#: Overloads for named dimensions, which PyTorch had until 2.12: no rule here, so type promotion.
+_NAMED_DIMENSIONS = _names("""
+    prod.dim_Dimname softmax.Dimname log_softmax.Dimname cumprod.dimname cumsum.dimname norm.names_ScalarOpt_dim
+    sum.dim_DimnameList
+    """)
 
 #: What the CPU's own lists lower: the ops that emulation has to take over there.
 CPU_LOWER = _names("""
@@ -104,6 +112,7 @@ class Plan:
     rules: Mapping[str, Rule]  #: op with overload -> rule, without the ``aten::``
     emulate: bool
     float8: bool  #: of what would be emulated, only products and what is made of them, in float8
+    kept: frozenset[str]  #: ops that stay in FP32 because this CPU has no kernel for them in the policy's format
 
     __hash__ = object.__hash__
 
@@ -122,7 +131,10 @@ def plan(policy: Policy, device_type: str) -> Plan | None:
     Raises:
         UnsupportedDeviceError: the policy changes rules and the device type is not one of `AUTOCAST_KEYS`.
     """
-    if not (policy.fp32_ops or policy.low_ops or policy.rules == "cuda" or policy.emulate):
+    changes = policy.fp32_ops or policy.low_ops or policy.rules == "cuda" or policy.emulate
+    emulates_all = policy.emulate and not policy.float8
+    kept = frozenset() if device_type != "cpu" or emulates_all else without_kernel(policy.compute_dtype)
+    if not changes and not kept:
         return None
     if device_type not in AUTOCAST_KEYS:
         raise UnsupportedDeviceError(
@@ -132,23 +144,59 @@ def plan(policy: Policy, device_type: str) -> Plan | None:
     as_cuda = policy.rules == "cuda" or device_type == "cuda"
     if policy.rules == "cuda" and device_type != "cuda":
         rules |= dict.fromkeys(registered(device_type), "none")
-        # An older PyTorch may lack an op of this table.
-        rules |= {op: rule for rule, ops in CUDA.items() for op in ops if torch._C._dispatch_has_kernel(f"aten::{op}")}
+        rules |= cuda_rules()
         rules |= dict.fromkeys((op for op in _CUDNN_STAND_INS if op in rules), "lower")
     if policy.emulate:
-        lower = set(CUDA["lower"] if as_cuda else CPU_LOWER)
+        lower = {op for op, rule in cuda_rules().items() if rule == "lower"} if as_cuda else set(CPU_LOWER)
         for op in PRODUCTS.keys() | (MADE_OF_PRODUCTS & lower) if policy.float8 else HEAVY | lower:
             rules.setdefault(op, "lower" if op in lower else "none")
+    rules |= dict.fromkeys(kept, "fp32")
     for names, rule in ((policy.fp32_ops, "fp32"), (policy.low_ops, "lower")):
         for name in names:
             rules |= dict.fromkeys((full.removeprefix("aten::") for full in overloads(name)), rule)  # type: ignore[arg-type]  # a literal of Rule
     if not rules:
         return None
-    return Plan(device_type, MappingProxyType(rules), policy.emulate, policy.float8)
+    return Plan(device_type, MappingProxyType(rules), policy.emulate, policy.float8, kept)
 
 
+@functools.cache
+def without_kernel(low: torch.dtype) -> frozenset[str]:
+    """The ops that autocast lowers and this CPU cannot run in ``low``, backward included: asked by running them.
+
+    oneDNN has LSTM layers in BF16 with AVX512_BF16 or AMX_BF16 only, and none for training in FP16 but with AMX_FP16;
+    elsewhere PyTorch ends in "could not create a primitive descriptor".
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch's own function
+        return frozenset()
+    size, lstm = 8, 2
+    # Nothing that watches, fakes or casts a script's operations has to do with these.
+    with _disable_current_modes(), torch.autocast("cpu", enabled=False), torch.enable_grad():
+        shapes = (1, 1, size), (4 * size, size), (4 * size, size), (4 * size,), (4 * size,), (1, 1, size), (1, 1, size)
+        given = [torch.zeros(shape, dtype=low, device="cpu", requires_grad=True) for shape in shapes]
+        options: tuple[object, ...] = (False, [], lstm, size, 1, True, False, False, True)
+        try:
+            out = torch.ops.aten.mkldnn_rnn_layer(*given, *options)[0]
+            torch.autograd.backward(out, torch.ones_like(out))
+        except RuntimeError:
+            return frozenset({"mkldnn_rnn_layer"})
+    return frozenset()
+
+
+@functools.cache
+def cuda_rules() -> Mapping[str, Rule]:
+    """The rule of each op on the CUDA list of this PyTorch."""
+    listed = registered("cuda")
+    return MappingProxyType({op: rule for rule, ops in _CUDA.items() for op in ops if op in listed})
+
+
+def unlisted() -> frozenset[str]:
+    """Ops on the CUDA list of this PyTorch whose rule is not known here; under ``rules="cuda"`` they have none."""
+    return registered("cuda") - cuda_rules().keys() - {*CUDNN_ONLY, *_NAMED_DIMENSIONS}
+
+
+@functools.cache
 def registered(device_type: str) -> frozenset[str]:
-    """The aten ops with a rule in this PyTorch's autocast of a device."""
+    """The aten ops with a rule in this PyTorch's autocast of a device: asked once, before rules of ours are there."""
     key = AUTOCAST_KEYS[device_type]
     names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
     return frozenset(name.removeprefix("aten::") for name in names if name.startswith("aten::"))

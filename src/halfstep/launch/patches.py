@@ -12,6 +12,7 @@ Each wrapper asks whether a session is open and hands over to it, with the origi
 ``torch.autograd.grad``, ``compile`` notices what the policy cannot reach
 ``torch.autocast.__enter__``         notices a script's own autocast
 ``torch.amp.GradScaler.scale, step`` notices a script's own loss scaling
+``kernels.listeners``                notices an op that this CPU cannot run in the policy's format
 ==================================== =========================================================
 
 Nested calls of the same kind (a module inside a module, a wrapper optimizer around another, reentrant checkpointing's
@@ -29,6 +30,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from halfstep.autocast.kernels import listeners
+from halfstep.launch.own import caller
 
 if TYPE_CHECKING:
     from halfstep.launch.session import Session
@@ -93,6 +97,13 @@ class Patches:
                 patches._session.new_parameters(optimizer, optimizer.param_groups[-1]["params"])
 
         self._set(Optimizer, "add_param_group", add)
+
+        def kept_in_fp32(message: str) -> None:
+            if patches._session is not None:
+                patches._session.notice("no-kernel", message, caller())
+
+        listeners.append(kept_in_fp32)
+        self._undo.append(lambda: listeners.remove(kept_in_fp32))
 
     def remove(self) -> None:
         """Put every original back; wrappers that live on in instances pass straight through."""

@@ -227,7 +227,7 @@ def _composite(name: str, kwargs: Mapping[str, Any]) -> str | None:
 @functools.cache
 def _names_with_rules() -> frozenset[str]:
     """Calls whose parts have no fixed rule; ops that are seen themselves need no help."""
-    listed = {op for ops in rules.CUDA.values() for op in ops} | rules.registered("cpu")
+    listed = rules.cuda_rules().keys() | rules.registered("cpu")
     return frozenset(op.partition(".")[0] for op in listed if _is_composite(op))
 
 
@@ -344,13 +344,15 @@ def _table(policy: Policy, device_type: str) -> Mapping[str, Rule]:
     """Every op with a rule: with its overload as autocast registers it."""
     table: dict[str, Rule] = {}
     if policy.rules == "cuda" or device_type == "cuda":
-        table |= {op: rule for rule, ops in rules.CUDA.items() for op in ops}
+        table |= rules.cuda_rules()
         table |= dict.fromkeys(rules.CUDNN_ONLY, "lower")
         table["mkldnn_rnn_layer"] = "lower"
     elif device_type in rules.AUTOCAST_KEYS:
         own = rules.registered(device_type)
         table |= {op: "lower" if op in rules.CPU_LOWER else "fp32" for op in own}
         table |= {op: "promote" for op in own if op.partition(".")[0] in ("cat", "stack", "index_copy")}
+    if device_type == "cpu" and not policy.emulate:
+        table |= dict.fromkeys(rules.without_kernel(policy.compute_dtype), "fp32")
     for names, rule in ((policy.fp32_ops, "fp32"), (policy.low_ops, "lower")):
         for op in names:
             table |= dict.fromkeys((full.removeprefix("aten::") for full in overloads(op)), rule)  # type: ignore[arg-type]  # a literal of Rule

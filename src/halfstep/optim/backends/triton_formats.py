@@ -71,8 +71,10 @@ def pointer(table, job, column, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def layout(table, job, RAGGED: tl.constexpr, ALIGNED: tl.constexpr):
     """Length, row length, groups in a row, and number of groups of a job; int64 scalars."""
-    numel = entry(table, job, NUMEL)
-    row = entry(table, job, ROW)
+    # Loaded here, not by `entry`: Triton 3.6 forgets a mark of alignment on what a function returned, and without it
+    # a thread loads single elements.
+    numel = tl.load(table + job * COLUMNS + NUMEL)
+    row = tl.load(table + job * COLUMNS + ROW)
     if ALIGNED:
         numel = tl.multiple_of(numel, 16)
         row = tl.multiple_of(row, 16)

@@ -1,14 +1,15 @@
 """Device facts: which number formats this machine computes in, and how well.
 
 A format is *native* where the hardware multiplies matrices in it, *emulated* where PyTorch gives right results by
-converting around wider arithmetic, *slow* where it works at a small fraction of FP32's speed, and *missing* where
-PyTorch refuses. Facts come from PyTorch's own queries and from the compute capability; nothing is timed here, and
-nothing is guessed: what cannot be known is said to be unknown.
+converting around wider arithmetic, *slow* where it works but no faster than FP32, and *missing* where PyTorch
+refuses. Facts come from PyTorch's own queries and from the compute capability; on a CPU, whose features promise less
+than they seem to, products are timed once (`halfstep.hardware.rates`) and the measurement decides. Nothing is guessed:
+what cannot be known is said to be unknown.
 
 Sources: NVIDIA's tensor cores multiply FP16 from compute capability 7.0, BF16 and TF32 from 8.0, FP8 from 8.9
 (CUDA C++ programming guide, arithmetic instructions). ``torch.cuda.is_bf16_supported()`` also answers True for
-emulation, so the capability is asked instead. Among x86 CPUs BF16 products are native with AVX512_BF16 or AMX; FP16
-products run about 40 times slower than FP32 ones unless AVX512_FP16 or AMX_FP16 is there.
+emulation, so the capability is asked instead. Among x86 CPUs AVX512_BF16 and AMX_BF16 multiply BF16 faster than FP32;
+with AVX512_FP16 FP16 runs at FP32's rate, without it and AMX_FP16 about 40 times slower.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from halfstep.hardware.rates import Rates, product_rates
 from halfstep.version import __version__
 
 DeviceType = Literal["cpu", "cuda", "mps", "xpu"]
@@ -142,26 +144,40 @@ def cuda_formats(capability: tuple[int, int]) -> dict[str, FormatSupport]:
     }
 
 
-def cpu_formats(capabilities: Mapping[str, Any]) -> dict[str, FormatSupport]:
-    """Formats of a CPU from its features as ``torch.cpu.get_capabilities()`` names them."""
-    bf16 = next((f for f in ("amx_bf16", "avx512_bf16", "bf16") if capabilities.get(f)), None)
-    # Arm's half-precision arithmetic exists in hardware, but no FP16 GEMM speed was measured there.
-    fp16 = next((f for f in ("amx_fp16", "avx512_fp16") if capabilities.get(f)), None)
-    is_x86 = capabilities.get("architecture", "x86_64") in ("x86_64", "AMD64")
-    slow = FormatSupport("slow", "neither AVX512_FP16 nor AMX_FP16: products about 40 times slower than FP32's")
+#: How much faster than FP32's a format's products must be to count as native: below it, the casts eat what is won.
+NATIVE_FROM = 1.25
+
+
+def cpu_formats(capabilities: Mapping[str, Any], rates: Rates) -> dict[str, FormatSupport]:
+    """Formats of a CPU.
+
+    Args:
+        capabilities: its features as ``torch.cpu.get_capabilities()`` names them.
+        rates: the speed of its 16-bit products as multiples of FP32's, which decides.
+    """
     return {
         "fp32": FormatSupport("native", "every CPU"),
         "tf32": FormatSupport("missing", "TF32 is a format of GPUs"),
-        "bf16": FormatSupport("native", bf16)
-        if bf16
-        else FormatSupport("emulated", "neither AVX512_BF16 nor AMX_BF16"),
-        "fp16": FormatSupport("native", fp16)
-        if fp16
-        else slow
-        if is_x86
-        else FormatSupport("unknown", "not measured on this architecture"),
+        "bf16": _judged(rates["bf16"], capabilities, ("amx_bf16", "avx512_bf16", "bf16")),
+        "fp16": _judged(rates["fp16"], capabilities, ("amx_fp16", "avx512_fp16")),
         "fp8": FormatSupport("missing", "no FP8 products on CPUs"),
     }
+
+
+def _judged(rate: float | None, capabilities: Mapping[str, Any], features: tuple[str, ...]) -> FormatSupport:
+    """What to think of a format that is multiplied by these features, the best first."""
+    feature = next((name for name in features if capabilities.get(name)), None)
+    lacking = "neither " + " nor ".join(name.upper() for name in features[:2])
+    if rate is None:
+        return FormatSupport("missing", "PyTorch has no products of it here")
+    measured = f"products at {_times(rate)} the rate of fp32's, measured"
+    if rate >= NATIVE_FROM:
+        return FormatSupport("native", f"{feature}: {measured}" if feature else measured)
+    return FormatSupport("slow" if feature or rate < 0.1 else "emulated", f"{feature or lacking}: {measured}")
+
+
+def _times(rate: float) -> str:
+    return f"{rate:.1f} ×" if rate >= 0.95 else f"{rate:.2g} ×"
 
 
 def _cpu() -> DeviceFacts:
@@ -170,7 +186,7 @@ def _cpu() -> DeviceFacts:
         type="cpu",
         name=cpu_name(),
         memory_bytes=psutil.virtual_memory().total,
-        formats=cpu_formats(_capabilities()),
+        formats=cpu_formats(_capabilities(), product_rates()),
         detail=", ".join(flags) if flags else "no AVX or NEON features reported",
     )
 

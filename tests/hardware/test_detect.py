@@ -20,7 +20,9 @@ from halfstep.hardware import (
     cuda_formats,
     detect,
     environment,
+    product_rates,
 )
+from halfstep.hardware.detect import NATIVE_FROM
 
 # Tensor-core formats of NVIDIA GPUs, from the architecture white papers.
 CUDA = {
@@ -43,39 +45,41 @@ def test_cuda_formats_are_those_of_the_architecture(capability: tuple[int, int])
     assert all(f"compute capability {capability[0]}.{capability[1]}" in f.because for f in formats.values())
 
 
-@pytest.mark.parametrize(
-    "features",
-    [
-        dict(zip(("avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16"), bits, strict=True))
-        for bits in itertools.product([False, True], repeat=4)
-    ],
-)
-def test_a_cpu_format_is_native_only_with_its_instructions(features: dict[str, bool]) -> None:
-    formats = cpu_formats({"architecture": "x86_64", "cpu_name": "some CPU", **features})
-    has_bf16 = features["avx512_bf16"] or features["amx_bf16"]
-    has_fp16 = features["avx512_fp16"] or features["amx_fp16"]
+FEATURES = ("avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16")
+
+
+@pytest.mark.parametrize("features", list(itertools.product([False, True], repeat=4)))
+@pytest.mark.parametrize("bf16", [None, 0.3, 1.05, 4.0])
+@pytest.mark.parametrize("fp16", [None, 0.02, 1.05, 4.0])
+def test_a_cpu_format_is_native_where_its_products_are_faster_and_says_by_what(
+    features: tuple[bool, ...], bf16: float | None, fp16: float | None
+) -> None:
+    there = dict(zip(FEATURES, features, strict=True))
+    formats = cpu_formats(there, {"bf16": bf16, "fp16": fp16})
     assert formats["fp32"].support == "native"
-    assert formats["bf16"].support == ("native" if has_bf16 else "emulated")
-    assert formats["fp16"].support == ("native" if has_fp16 else "slow")
     assert formats["tf32"].support == formats["fp8"].support == "missing"
-    if has_bf16:
-        assert features[formats["bf16"].because]
-    if has_fp16:
-        assert features[formats["fp16"].because]
-
-
-def test_an_arm_cpu_is_not_judged_by_x86_measurements() -> None:
-    formats = cpu_formats({"architecture": "aarch64", "neon": True, "bf16": True})
-    assert formats["bf16"].support == "native"
-    assert formats["fp16"].support == "unknown"
-    assert cpu_formats({"architecture": "aarch64", "bf16": False})["bf16"].support == "emulated"
+    for name, rate in (("bf16", bf16), ("fp16", fp16)):
+        support, because = formats[name].support, formats[name].because
+        own = [feature for feature in FEATURES if feature.endswith(name) and there[feature]]
+        if rate is None:
+            assert support == "missing"
+            continue
+        assert (support == "native") == (rate > 1.2)
+        assert f"products at {rate:.2g}".rstrip("0").rstrip(".") in because and "measured" in because
+        if own:
+            assert because.split(":")[0] in own and support in ("native", "slow")
+        elif rate < 1.2:
+            assert "neither" in because and support == ("slow" if rate < 0.1 else "emulated")
 
 
 def test_this_cpu_agrees_with_pytorchs_own_query() -> None:
-    facts = detect("cpu")
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if platform.machine() in ("x86_64", "AMD64"):
-        assert (facts.formats["bf16"].support == "native") == native
+    """What is native has been measured; and no kernel is faster than FP32's without an instruction for it."""
+    facts, rates = detect("cpu"), product_rates()
+    for name in ("bf16", "fp16"):
+        rate = rates[name]
+        assert (facts.formats[name].support == "native") == (rate is not None and rate >= NATIVE_FROM)
+    if platform.machine() in ("x86_64", "AMD64") and facts.formats["bf16"].support == "native":
+        assert torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert facts.type == "cpu"
     assert facts.memory_bytes == psutil.virtual_memory().total
     capabilities = torch.cpu.get_capabilities()
