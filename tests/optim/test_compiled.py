@@ -33,6 +33,15 @@ def parameters_of(dtype: torch.dtype) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
 
 
+def keeps_roundings() -> bool:
+    """Whether this PyTorch's compiler, asked to, keeps a rounding whose result goes on in FP32: not before 2.12."""
+    graph = torch.compile(lambda x: x - x.bfloat16().float(), options={"emulate_precision_casts": True})
+    lost: Tensor = graph(torch.linspace(1, 2, 100))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return bool((lost != 0).any())
+
+
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -49,6 +58,13 @@ def test_steps_are_those_of_the_eager_backend(dtype: torch.dtype, options: dict[
     Where state has fewer bits, the code of an element in a few thousand falls on the other side, and moves its update
     by as much as a code.
     """
+    compares = options.get("rounding") == "kahan" or options.get("master") == "fp32"
+    if compares and not keeps_roundings():
+        weight = parameters_of(dtype)[0]
+        weight.grad = torch.ones_like(weight)
+        with pytest.raises(compiled.LostRoundingError):
+            optim.AdamW([weight], backend="compile", **options).step()
+        return
     ours, theirs = parameters_of(dtype), parameters_of(dtype)
     kinds = (("compile", ours), ("eager", theirs))
     optimizers = [optim.AdamW(p, lr=1e-3, backend=name, **options) for name, p in kinds]  # type: ignore[arg-type]

@@ -58,6 +58,17 @@ SHAPES = [[(2, 128), (37,), (0, 4)], [(5, 70), (1,), (0, 4)]]
 if INTERPRETED:  # numpy computes, and warns of what kernels do with inf and NaN
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+    import triton
+
+    if triton.__version__.startswith("3.6."):  # its interpreter takes int() of arrays of one element: no more in numpy
+        from triton.runtime import interpreter
+
+        def patch_tensor(tensor: Any, scope: Any, original: Any = interpreter._patch_lang_tensor) -> None:
+            original(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = patch_tensor
+
 
 @pytest.fixture
 def device() -> str:

@@ -95,8 +95,9 @@ HEAVY = frozenset(
 )
 
 #: Ops that CUDA runs in 16 bits and for which PyTorch's CPU has no 16-bit kernel (its own rules hide that by casting to
-#: FP32): under CUDA's rules they are computed in FP32 and rounded.
-NO_CPU_KERNEL = frozenset({"avg_pool3d"})
+#: FP32), or had none until 2.12 (trace): under CUDA's rules they are computed in FP32 and
+#: rounded.
+NO_CPU_KERNEL = frozenset({"avg_pool3d", "trace"})
 
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 
