@@ -31,7 +31,8 @@ Rates = Mapping[str, float | None]
 _FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Rows and columns: 0.3 GFLOP, some milliseconds in FP32 on two cores, and enough for a kernel to show what it can.
 _SIZE = 512
-_ROUNDS = 5
+#: Seconds of turns: on a machine that others use too, some of a few dozen turns are undisturbed.
+_ENOUGH = 0.3
 #: A format that is so many times slower than FP32 in one run is not run again: its rate is clear.
 _HOPELESS = 5.0
 
@@ -60,7 +61,7 @@ def _rates(key: str) -> Rates:
 
 
 def measure() -> dict[str, float | None]:
-    """Time a product in every format, in turns; at most half a second where a format is slow."""
+    """Time a product in every format, in turns; about half a second."""
     # Whatever watches, fakes or casts the operations of a script has no business with these.
     with _disable_current_modes(), torch.autocast("cpu", enabled=False), torch.inference_mode():
         runs: dict[str, Callable[[], Tensor]] = {"fp32": _product(torch.float32)}
@@ -76,7 +77,8 @@ def measure() -> dict[str, float | None]:
         runs["fp32"]()
         best = {name: _seconds(run) for name, run in runs.items()}
         slow = {name for name, seconds in best.items() if seconds > _HOPELESS * best["fp32"]}
-        for _ in range(_ROUNDS):
+        end = time.perf_counter() + _ENOUGH
+        while time.perf_counter() < end:
             for name in runs.keys() - slow:
                 best[name] = min(best[name], _seconds(runs[name]))
     return {name: round(best["fp32"] / best[name], 3) if name in best else None for name in _FORMATS}

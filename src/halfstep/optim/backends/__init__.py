@@ -46,12 +46,21 @@ def choose(name: BackendName, device: torch.device) -> tuple[Backend, str]:
         if backend is None:
             raise BackendUnavailableError(f"backend {name!r} cannot run on {device.type}: {missing}")
         return backend, "asked for"
-    fastest = {"cpu": "native", "cuda": "triton"}.get(device.type, "compile")
+    fastest = _fastest(device.type)
     backend, missing = _load(fastest, device.type)
     if backend is not None:
         return backend, f"the fastest for {device.type}"
     _notice(f"halfstep.optim steps in plain torch operations, many times slower than it could: {missing}")
     return cast(Backend, eager), f"{fastest} cannot run: {missing}"
+
+
+def lacking(device_type: str) -> str:
+    """Why the fastest backend for a device cannot run here; empty where it can."""
+    return _load(_fastest(device_type), device_type)[1]
+
+
+def _fastest(device_type: str) -> str:
+    return {"cpu": "native", "cuda": "triton"}.get(device_type, "compile")
 
 
 @functools.cache
