@@ -33,7 +33,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return {"bf16": 1.0 + len(calls), "fp16": None}
 
-    monkeypatch.setattr(rates, "measure", measure)
+    monkeypatch.setattr(rates, "_measured_apart", measure)
     return calls
 
 
@@ -76,6 +76,29 @@ def test_a_damaged_cache_is_measured_over(cache: Path, measured: list[int], cont
 def test_a_folder_that_cannot_be_written_is_no_error(cache: Path, measured: list[int]) -> None:
     cache.parent.write_text("a file where the folder would be")
     assert product_rates() == {"bf16": 2.0, "fp16": None}
+
+
+def test_a_script_is_left_without_threads_of_ours(cache: Path) -> None:
+    """A forked child of a process whose OpenMP threads have run waits for them for ever."""
+    code = """
+import os, sys
+import torch
+from halfstep import hardware
+hardware.product_rates(anew=True)
+if (child := os.fork()) == 0:
+    x = torch.ones(600, 600)
+    (x @ x).sum().item()
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)
+
+
+def test_without_another_process_it_is_measured_in_this_one(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(rates, "measure", lambda: {"bf16": 7.0, "fp16": None})
+    assert product_rates() == {"bf16": 7.0, "fp16": None}
 
 
 def test_neither_modes_nor_autocast_nor_generators_notice() -> None:

@@ -4,8 +4,10 @@ A CPU's features do not say it. AVX512_FP16 is there and runs at FP32's rate; a 
 or an older one, does not use what is there. So a product is timed in each format, in turns, and the ratio of the
 shortest times taken: what disturbs a machine only ever makes a run longer.
 
-The result is kept in the user's cache folder under all that it depends on, and the process remembers it. A cache that
-cannot be read or written is no error: the next process measures again.
+That happens in a process of its own, this file as a program: products of ours before a script's first line would start
+its threads, and a script that forks afterwards hangs where it would not have. The result is kept in the user's cache
+folder under all that it depends on, and the process remembers it. A cache that cannot be read or written is no error:
+the next process measures again.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import functools
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -29,7 +33,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 Rates = Mapping[str, float | None]
 
 _FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-#: Rows and columns: 0.3 GFLOP, some milliseconds in FP32 on two cores, and enough for a kernel to show what it can.
+#: Rows and columns: 0.3 GFLOP, some milliseconds in FP32, and enough for a kernel to show what it can.
 _SIZE = 512
 #: Seconds of turns: on a machine that others use too, some of a few dozen turns are undisturbed.
 _ENOUGH = 0.3
@@ -38,7 +42,7 @@ _HOPELESS = 5.0
 
 
 def product_rates(anew: bool = False) -> Rates:
-    """The rates of this CPU with the threads that PyTorch has now.
+    """The rates of a core of this CPU.
 
     Args:
         anew: measure, whatever the cache knows, and remember that.
@@ -55,13 +59,23 @@ def _rates(key: str) -> Rates:
     known = _whole(_read().get(key))
     if known is not None:
         return known
-    rates = measure()
+    rates = _measured_apart() or measure()
     _write({**_read(), key: rates})
     return rates
 
 
+def _measured_apart() -> Rates | None:
+    """What `measure` finds in another process; None where none can be had."""
+    command = [sys.executable, "-P", __file__]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, stdin=subprocess.DEVNULL)
+        return _whole(json.loads(run.stdout))
+    except (OSError, ValueError, TypeError, subprocess.SubprocessError):
+        return None
+
+
 def measure() -> dict[str, float | None]:
-    """Time a product in every format, in turns; about half a second."""
+    """Time a product in every format, in turns, in this process; about half a second."""
     # Whatever watches, fakes or casts the operations of a script has no business with these.
     with _disable_current_modes(), torch.autocast("cpu", enabled=False), torch.inference_mode():
         runs: dict[str, Callable[[], Tensor]] = {"fp32": _product(torch.float32)}
@@ -105,7 +119,6 @@ def _key() -> str:
         torch.__version__,
         sorted(f"{name}={value}" for name, value in torch.cpu.get_capabilities().items()),
         [os.environ.get(name) for name in limits],
-        torch.get_num_threads(),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -145,3 +158,8 @@ def _write(content: Mapping[str, object]) -> None:
         with os.fdopen(handle, "w") as temporary:
             json.dump(content, temporary, indent=1)
         Path(name).replace(file)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # two that wait for each other on busy cores measure the waiting
+    print(json.dumps(measure()))
