@@ -69,12 +69,12 @@ def run(row: str) -> dict[str, str | int]:
     environment = ROOT / "build" / "matrix" / f"{python}-{torch}"
     uv = [sys.executable, "-m", "uv", "--no-config"]
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_"))}
-    plain["VIRTUAL_ENV"] = str(environment)
     subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", python, environment], env=plain, check=True)
     wanted = ["--constraint", PINS] if torch == "pins" else ["torch" if torch == "newest" else f"torch=={torch}"]
-    subprocess.run([*uv, "pip", "install", "--quiet", *wanted, "-e", f"{ROOT}[dev]"], env=plain, check=True)
-
     interpreter = environment / "bin" / "python"
+    install = [*uv, "pip", "install", "--quiet", "--python", interpreter]
+    subprocess.run([*install, *wanted, "-e", f"{ROOT}[dev]"], env=plain, check=True)
+
     plain |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(environment / ("-".join(["inductor", *rest])))}
     plain |= AVX2 if "avx2" in rest else {}
     start = time.monotonic()
