@@ -1,0 +1,442 @@
+"""`SplitTensor`: a float32 tensor to everybody, two 16-bit planes in memory.
+
+What asks for the tensor's dtype, values, gradient or version, and what writes to it (in place, through views, through
+``.data``), meets the FP32 tensor. Only two things see more: autocast's cast to bfloat16 is the upper plane itself, no
+copy and no time; and the kernels of `halfstep.optim` step both planes in one pass. For an op that PyTorch dispatches:
+
+    a cast to bfloat16 by autocast     the upper plane
+    a view (transpose, slice, detach)  the same view of both planes: what is written to it arrives
+    a lookup in an embedding           rows of both planes, joined
+    zeros_like and its kin             by shape alone
+    all else                           on the joined tensor; what it wrote is split again, in place
+
+A *copy* (clone, deepcopy, pickle, what an op returns) is a plain FP32 tensor: it loads without halfstep.
+
+What wants memory itself (``data_ptr``, ``untyped_storage``, ``share_memory_``, a view as another dtype, ``.data`` set
+to a piece of a larger tensor) cannot be served by a tensor without storage. A parameter then becomes a plain FP32
+parameter, the same object, for good (`make_plain`; `on_plain` is told); another tensor, such as an entry of a state
+dict, becomes a plain snapshot.
+
+Modelled on PyTorch's traceable wrapper subclasses (``torch/testing/_internal/two_tensor.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from halfstep.split.planes import join, split
+
+aten = torch.ops.aten
+Op = Any  # torch._ops.OpOverload, whose stubs say little
+Handler = Callable[..., Any]
+
+
+class SplitTensor(Tensor):
+    """See the module. Make one with `SplitTensor.of`; `halfstep.split.store` puts them into a model."""
+
+    hi: Tensor  #: bfloat16: the nearest to each element
+    lo: Tensor  #: int16: what is missing to the element's bits
+
+    @staticmethod
+    def __new__(cls, hi: Tensor, lo: Tensor) -> SplitTensor:
+        return Tensor._make_wrapper_subclass(
+            cls,
+            hi.shape,
+            strides=hi.stride(),
+            storage_offset=hi.storage_offset(),
+            dtype=torch.float32,
+            layout=hi.layout,
+            device=hi.device,
+        )
+
+    def __init__(self, hi: Tensor, lo: Tensor) -> None:
+        self.hi, self.lo = hi, lo
+
+    @classmethod
+    def of(cls, x: Tensor) -> SplitTensor:
+        """A new tensor with the values of a float32 one."""
+        return cls(*split(x))
+
+    def joined(self) -> Tensor:
+        """The values as a new plain float32 tensor, outside of any graph."""
+        return join(self.hi, self.lo)
+
+    def write(self, x: Tensor) -> None:
+        """Put the values of a float32 tensor of this shape in place of these."""
+        hi, lo = split(x)
+        with _versions_counted():
+            self.hi.copy_(hi)
+            self.lo.copy_(lo)
+
+    # Subclass protocols of PyTorch -----------------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["hi", "lo"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> SplitTensor:
+        return SplitTensor(inner["hi"], inner["lo"])
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        inner = self.joined()
+        return repr(nn.Parameter(inner, self.requires_grad) if isinstance(self, nn.Parameter) else inner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self._copy()
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._copy().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch's own method
+
+    def _copy(self) -> Tensor:
+        """A plain tensor with these values; a parameter where this is one."""
+        if not self.is_leaf:
+            raise RuntimeError("only leaf tensors can be copied deeply or pickled; detach() this one first")
+        plain = self.joined()
+        return nn.Parameter(plain, self.requires_grad) if isinstance(self, nn.Parameter) else plain
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        special = _FUNCTIONS.get(function)
+        if special is not None:
+            return special(function, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Op, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # declared as a builtin
+        kwargs = kwargs or {}
+        handler = _OPS.get(op)
+        if handler is not None:
+            result = handler(op, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        if _is_view(op) and isinstance(args[0], SplitTensor):
+            return _viewed(op, args, kwargs)
+        name = op._schema.name
+        if name.startswith(("aten::_foreach_", "aten::_fused_")):
+            return _one_by_one(op, args, kwargs)
+        return _on_joined(op, args, kwargs)
+
+
+# Ops ------------------------------------------------------------------------------------------------------------------
+
+
+def _on_joined(op: Op, args: Any, kwargs: Any) -> Any:
+    """Any op: on plain tensors, and what it wrote split again."""
+    plain: dict[int, tuple[SplitTensor, Tensor]] = {}
+
+    def unwrap(value: Any) -> Any:
+        if not isinstance(value, SplitTensor):
+            return value
+        if id(value) not in plain:
+            plain[id(value)] = value, value.joined()
+        return plain[id(value)][1]
+
+    plain_args, plain_kwargs = tree_map(unwrap, args), tree_map(unwrap, kwargs)
+    result = op(*plain_args, **plain_kwargs)
+    if not op._schema.is_mutable:
+        return result
+    for argument, value in _arguments(op, args, kwargs):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            for written in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(written, SplitTensor):
+                    written.write(plain[id(written)][1])
+                    if isinstance(value, list | tuple):  # of tensors in lists PyTorch leaves that to the kernel
+                        torch.autograd.graph.increment_version(written)
+    back = {id(tensor): wrapper for wrapper, tensor in plain.values()}
+    return tree_map(lambda value: back.get(id(value), value) if isinstance(value, Tensor) else value, result)
+
+
+def _one_by_one(op: Op, args: Any, kwargs: Any) -> Any:
+    """An op on lists of tensors, element by element: no more than one of them is joined at a time."""
+    lists = [value for value in (*args, *kwargs.values()) if _is_list_with_split(value)]
+    count = max(len(value) for value in lists)
+    if count == 1:
+        return _on_joined(op, args, kwargs)
+
+    def at(index: int) -> Callable[[Any], Any]:
+        return lambda value: [value[index]] if isinstance(value, list | tuple) and len(value) == count else value
+
+    results = []
+    for index in range(count):
+        pick = at(index)
+        one = [pick(value) for value in args], {name: pick(value) for name, value in kwargs.items()}
+        has_split = any(_is_list_with_split(value) for value in (*one[0], *one[1].values()))
+        results.append(_on_joined(op, *one) if has_split else op(*one[0], **one[1]))
+    if results[0] is None:
+        return None
+    return [result[0] for result in results]
+
+
+def _is_list_with_split(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(item, SplitTensor) for item in value)
+
+
+def _viewed(op: Op, args: Any, kwargs: Any) -> Any:
+    """A view op, on both planes."""
+    of = args[0]
+    hi, lo = op(of.hi, *args[1:], **kwargs), op(of.lo, *args[1:], **kwargs)
+    if isinstance(hi, Tensor):
+        return SplitTensor(hi, lo)
+    return type(hi)(SplitTensor(h, low) for h, low in zip(hi, lo, strict=True))
+
+
+def _arguments(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    for index, argument in enumerate(op._schema.arguments):
+        if index < len(args):
+            yield argument, args[index]
+        elif argument.name in kwargs:
+            yield argument, kwargs[argument.name]
+
+
+_views: dict[Op, bool] = {}
+
+
+def _is_view(op: Op) -> bool:
+    known = _views.get(op)
+    if known is None:
+        schema = op._schema
+        shares = [result.alias_info is not None and not result.alias_info.is_write for result in schema.returns]
+        known = _views[op] = bool(shares) and all(shares) and not schema.is_mutable
+    return known
+
+
+def _cast(op: Op, args: Any, kwargs: Any) -> Any:
+    """``x.to(dtype)``: to bfloat16 the upper plane; the plane itself where autocast asks, which only reads it."""
+    x = args[0]
+    others = {name: value for name, value in kwargs.items() if name != "dtype" and value not in (None, False)}
+    if others.pop("device", x.device) != x.device or others or not isinstance(x, SplitTensor):
+        return NotImplemented
+    if kwargs.get("dtype") is not torch.bfloat16:
+        return NotImplemented
+    if not _casts_for_autocast():
+        return x.hi.clone()
+    with _versions_counted():  # a backward pass that saved it must see that the weight was written meanwhile
+        return x.hi.detach()
+
+
+def _versions_counted() -> Any:
+    """Where PyTorch has switched off for us what shares and moves version counters: on again."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
+
+
+def _casts_for_autocast() -> bool:
+    """Whether autocast asks, and not a script that may write to what it gets."""
+    if _user.casting:
+        return False
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting() > 0
+
+
+def _embedding(op: Op, args: Any, kwargs: Any) -> Any:
+    """Rows of both planes: no FP32 table."""
+    weight, index = args[0], args[1]
+    if not isinstance(weight, SplitTensor) or isinstance(index, SplitTensor):
+        return NotImplemented
+    return join(op(weight.hi, index), op(weight.lo, index))
+
+
+def _by_shape(op: Op, args: Any, kwargs: Any) -> Any:
+    """``zeros_like`` and its kin: only shape, strides and device of the tensor count."""
+    if not isinstance(args[0], SplitTensor):
+        return NotImplemented
+    kwargs = {**kwargs, "dtype": torch.float32 if kwargs.get("dtype") is None else kwargs["dtype"]}
+    return op(args[0].hi, *args[1:], **kwargs)
+
+
+def _copy(op: Op, args: Any, kwargs: Any) -> Any:
+    """``x.copy_(y)``: planes from planes where both have them."""
+    into, source = args[0], args[1]
+    if isinstance(into, SplitTensor) and isinstance(source, SplitTensor):
+        with _versions_counted():
+            into.hi.copy_(source.hi)
+            into.lo.copy_(source.lo)
+        return into
+    if not isinstance(into, SplitTensor):
+        return NotImplemented
+    into.write(source.to(torch.float32).expand(into.shape) if source.shape != into.shape else source.float())
+    return into
+
+
+def _zero(op: Op, args: Any, kwargs: Any) -> Any:
+    with _versions_counted():
+        args[0].hi.zero_()
+        args[0].lo.zero_()
+    return args[0]
+
+
+#: Ops that do not go the usual way; `register` adds to them.
+_OPS: dict[Op, Handler] = {
+    aten._to_copy.default: _cast,
+    aten.embedding.default: _embedding,
+    aten.copy_.default: _copy,
+    aten.zero_.default: _zero,
+    **dict.fromkeys(
+        (
+            aten.zeros_like.default,
+            aten.ones_like.default,
+            aten.empty_like.default,
+            aten.full_like.default,
+            aten.rand_like.default,
+            aten.randn_like.default,
+            aten.new_zeros.default,
+            aten.new_ones.default,
+            aten.new_empty.default,
+            aten.new_full.default,
+            aten.new_empty_strided.default,
+        ),
+        _by_shape,
+    ),
+}
+
+
+def register(op: Op, handler: Handler) -> None:
+    """Let ``handler(op, args, kwargs)`` do an op that meets split tensors; it returns NotImplemented to leave it."""
+    _OPS[op] = handler
+
+
+# Functions ------------------------------------------------------------------------------------------------------------
+
+
+class _User(threading.local):
+    casting = False  # a script's own cast is under way, not autocast's
+
+
+_user = _User()
+
+#: Told, with the parameter and why, when a parameter becomes plain.
+on_plain: list[Callable[[Tensor, str], None]] = []
+
+
+@contextlib.contextmanager
+def _original() -> Iterator[None]:
+    with torch._C.DisableTorchFunctionSubclass():
+        yield
+
+
+def _user_cast(function: Any, args: Any, kwargs: Any) -> Any:
+    before, _user.casting = _user.casting, True
+    try:
+        with _original():
+            return function(*args, **kwargs)
+    finally:
+        _user.casting = before
+
+
+def _set_data(function: Any, args: Any, kwargs: Any) -> Any:
+    """``x.data = y``: the values of y where they can be kept in planes; else x is plain from here on."""
+    x, new = args
+    if isinstance(x, SplitTensor) and not isinstance(new, SplitTensor):
+        of_its_own = new.numel() * new.element_size() == new.untyped_storage().nbytes()
+        if new.dtype is torch.float32 and new.shape == x.shape and new.device == x.device and of_its_own:
+            with torch.no_grad():
+                x.write(new)
+            return None
+        make_plain(x, "its .data was set to a piece of another tensor" if not of_its_own else "its .data was replaced")
+    elif isinstance(x, SplitTensor) and x.shape == new.shape and x.device == new.device:
+        x.hi, x.lo = new.hi, new.lo
+        return None
+    elif isinstance(new, SplitTensor):
+        new = new.joined()
+    with _original():
+        return function(x, new)
+
+
+#: Parts of PyTorch that ask every tensor for its storage and know that a subclass like this one has none.
+_KNOWS_WRAPPERS = ("torch._subclasses", "torch._dynamo", "torch._functorch", "torch._inductor", "torch.utils")
+
+
+def _needs_memory(function: Any, args: Any, kwargs: Any) -> Any:
+    asking = sys._getframe(2).f_globals.get("__name__", "")
+    if asking.startswith(_KNOWS_WRAPPERS):
+        with _original():
+            return function(*args, **kwargs)
+    name = getattr(function, "__name__", str(function))
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, SplitTensor):
+            make_plain(value, f"{name}() was asked of it")
+    with _original():
+        return function(*args, **kwargs)
+
+
+def _numpy(function: Any, args: Any, kwargs: Any) -> Any:
+    """A copy, and one that says so: what was written into it would be lost."""
+    if args[0].requires_grad and not kwargs.get("force"):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+    array = args[0].joined().numpy(force=kwargs.get("force", False))
+    array.flags.writeable = False
+    return array
+
+
+def _view(function: Any, args: Any, kwargs: Any) -> Any:
+    dtype = kwargs.get("dtype", args[1] if len(args) > 1 else None)
+    if isinstance(dtype, torch.dtype) and dtype is not torch.float32:
+        return _needs_memory(function, args, kwargs)
+    with _original():
+        return function(*args, **kwargs)
+
+
+_FUNCTIONS: dict[Any, Handler] = {
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    Tensor.numpy: _numpy,
+    Tensor.tolist: lambda function, args, kwargs: args[0].joined().tolist(),
+    Tensor.__array__: lambda function, args, kwargs: _numpy(Tensor.numpy, args[:1], {}),
+    Tensor.view: _view,
+    **dict.fromkeys(
+        (
+            Tensor.data_ptr,
+            Tensor.untyped_storage,
+            Tensor.storage,
+            Tensor.share_memory_,
+            Tensor.is_shared,
+            Tensor.set_,
+            Tensor.resize_,
+            Tensor.__dlpack__,
+            Tensor.pin_memory,
+        ),
+        _needs_memory,
+    ),
+    **dict.fromkeys((Tensor.to, Tensor.bfloat16, Tensor.type), _user_cast),
+}
+
+
+def held(x: Tensor) -> bool:
+    """Whether a graph or a weak reference holds a tensor, so that PyTorch cannot exchange what it is."""
+    return x._use_count() > 1 or bool(weakref.getweakrefs(x))  # type: ignore[attr-defined]
+
+
+def make_plain(x: Tensor, because: str = "") -> None:
+    """Make a split tensor a plain float32 tensor with its values: the same object, its gradient and hooks kept.
+
+    Raises:
+        RuntimeError: PyTorch cannot exchange it now, because a graph or a weak reference holds it; what to do.
+    """
+    if not isinstance(x, SplitTensor):
+        return
+    is_parameter = isinstance(x, nn.Parameter)
+    if is_parameter and held(x):
+        raise RuntimeError(
+            f"a parameter that is stored in two 16-bit planes must become a plain one{because and f' ({because})'}, "
+            "and PyTorch cannot exchange it while a graph or a weak reference holds it: do this before the forward "
+            "pass, or call halfstep.split.plain_parameters(model) first"
+        )
+    plain: Tensor = x.joined()
+    if is_parameter:
+        plain = nn.Parameter(plain, x.requires_grad)
+    plain.grad = x.grad
+    torch.utils.swap_tensors(x, plain)  # type: ignore[no-untyped-call]  # torch's own function
+    if is_parameter:
+        for told in on_plain:
+            told(x, because)
