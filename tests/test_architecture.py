@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: imports flow one way, files are short, importing is cheap."""
+"""The house rules that a reader relies on: imports flow one way, importing is cheap."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ SOURCE = Path(halfstep.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each part of the house, and what it may import. Upwards only: a part sees nothing below itself.
-BASE = {"version", "formats", "hardware", "policy"}
+BASE = {"version", "formats", "hardware", "policy", "split"}
 STEP = BASE | {"autocast", "scale", "optim"}
 ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "formats": set(),
     "hardware": {"version", "formats"},
     "policy": {"formats", "hardware"},
+    "split": {"formats"},
     "autocast": BASE,
     "scale": BASE | {"autocast"},
     "optim": BASE | {"autocast"},
@@ -152,11 +153,9 @@ def test_the_checker_lets_through_what_is_right(file: str, source: str) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_every_module_says_what_it_is_and_is_read_in_one_sitting(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    docstring = ast.get_docstring(ast.parse(text))
+def test_every_module_says_what_it_is(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert docstring is not None and len(docstring) > 20
-    assert len(text.splitlines()) <= 400
 
 
 def test_every_test_file_has_a_name_of_its_own() -> None:

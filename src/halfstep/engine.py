@@ -48,7 +48,15 @@ import torch
 from torch import Tensor, nn
 
 from halfstep import hardware
-from halfstep.autocast import LOW_PRECISION, autocast, float32_precision, keep_fp32, recomputation, store_parameters
+from halfstep.autocast import (
+    LOW_PRECISION,
+    autocast,
+    float32_precision,
+    keep_fp32,
+    recomputation,
+    store_in_planes,
+    store_parameters,
+)
 from halfstep.autocast.explanation import Explanation, explain
 from halfstep.checkpoint import save
 from halfstep.observe.bad_steps import BadStepWatch
@@ -115,6 +123,7 @@ class MixedPrecision:
         reason: why this policy.
         scaler: the loss scaler; disabled where the policy does not scale.
         islands: the modules that the policy keeps in FP32; ``islands.remove()`` makes them ordinary again.
+        left_plain: under ``storage=split``, by name, the weights that could not be put into planes, and why.
 
     Raises:
         UnknownPolicyError: no policy has this name.
@@ -148,6 +157,7 @@ class MixedPrecision:
         for parameter, float32 in store_parameters(model, self.policy, chosen).items():
             if keeper is not None and id(parameter) in stepped:
                 keeper.adopt(parameter, float32)
+        self.left_plain = store_in_planes(model, self.policy, stepped)
         if scaler is not None and not self.policy.loss_scaling:
             raise ValueError(f"{self.policy} does not scale the loss: a scaler would only cost a pass over memory")
         self.scaler = scaler or GradScaler(self.device_type, enabled=self.policy.loss_scaling)

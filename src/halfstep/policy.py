@@ -35,7 +35,7 @@ import re
 import string
 import zlib
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import unquote
 
 import torch
@@ -43,6 +43,7 @@ import torch
 from halfstep.hardware import DeviceFacts
 
 Rules = Literal["torch", "cuda"]
+Storage = Literal["plain", "split"]
 
 #: What a policy computes in: its 16-bit format, or FP32.
 _FORMAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -80,6 +81,7 @@ class Policy:
     low_ops: tuple[str, ...] = ()  #: ops that compute in compute_dtype, whatever the rules say
     rules: Rules = "torch"  #: autocast lists: the device's own, or CUDA's on every device
     emulate: bool = False  #: round around FP32 arithmetic instead of using 16-bit kernels
+    storage: Storage = "plain"  #: FP32 parameters as they are, or as two 16-bit planes (`halfstep.split`)
 
     def __post_init__(self) -> None:
         for field in ("keep_fp32", "fp32_ops", "low_ops"):
@@ -106,6 +108,13 @@ class Policy:
                 f"{self.name} exists only emulated: native float8 is not built. Use {self.name}:emulate, which rounds "
                 "operands to float8 around FP32 arithmetic (for its effect on training, not for speed)"
             )
+        if self.storage not in get_args(Storage):
+            raise PolicyOptionError(f"storage is {' or '.join(get_args(Storage))}, not {self.storage!r}")
+        if self.storage == "split" and (self.master_weights or self.compute_dtype is not torch.bfloat16):
+            raise PolicyOptionError(
+                f"storage=split keeps FP32 parameters whose upper half is bfloat16: it goes with bf16-mixed, not with "
+                f"{self.name}"
+            )
         used = [field for field, _ in self._written()]
         if used and not self.lowers:
             raise PolicyOptionError(f"{self.name} lowers nothing, so {', '.join(used)} would have no effect")
@@ -117,6 +126,7 @@ class Policy:
         """The options that differ from a plain policy's, with their text; the text of a flag is empty."""
         found = [(field, "+".join(_quote(item) for item in getattr(self, field))) for field in _LISTS]
         found.append(("rules", self.rules if self.rules != "torch" else ""))
+        found.append(("storage", self.storage if self.storage != "plain" else ""))
         return [(field, text) for field, text in found if text] + ([("emulate", "")] if self.emulate else [])
 
     @property
@@ -289,16 +299,17 @@ def _split(text: str) -> tuple[str, dict[str, Any]]:
             raise PolicyOptionError(f"option {key!r} stands twice in {text.strip()!r}")
         if key in _LISTS and value:
             options[key] = tuple(unquote(item, errors="surrogatepass") for item in value.split("+"))
-        elif key == "rules" and value:
-            options[key] = cast(Rules, value)
+        elif key in ("rules", "storage") and value:
+            options[key] = value
         elif key == "emulate" and not equals:
             options[key] = True
         else:
-            near = difflib.get_close_matches(key, [*_LISTS, "rules", "emulate"], n=1)
+            near = difflib.get_close_matches(key, [*_LISTS, "rules", "storage", "emulate"], n=1)
             hint = f" Did you mean {near[0]!r}?" if near and near[0] != key else ""
             raise PolicyOptionError(
                 f"unknown option {field!r} in policy {text.strip()!r}.{hint} Options: "
-                "keep_fp32=PATTERN+…, fp32_ops=OP+…, low_ops=OP+…, rules=torch or rules=cuda, emulate."
+                "keep_fp32=PATTERN+…, fp32_ops=OP+…, low_ops=OP+…, rules=torch or rules=cuda, storage=plain or "
+                "storage=split, emulate."
             )
     return name, options
 

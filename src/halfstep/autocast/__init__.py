@@ -8,7 +8,7 @@ emulate    16-bit matrix products by FP32 arithmetic
 float8     matrix products on operands rounded to float8
 islands    `keep_fp32`: modules that stay FP32, by path
 containers `to_float32`, `cast_inputs`: casts through tuples, mappings and dataclasses
-storage    `store_parameters`: parameters in the policy's format, for master-weight policies
+storage    `store_parameters`, `store_in_planes`: parameters in the policy's format, or in two 16-bit planes
 ========== ==========================================================================================
 """
 
@@ -17,7 +17,7 @@ from halfstep.autocast.islands import Islands, NoSuchModuleError, keep_fp32
 from halfstep.autocast.kernels import MissingKernelWarning
 from halfstep.autocast.region import autocast, float32_precision, recomputation
 from halfstep.autocast.rules import UnsupportedDeviceError
-from halfstep.autocast.storage import FP32_ISLANDS, store_parameters
+from halfstep.autocast.storage import FP32_ISLANDS, store_in_planes, store_parameters
 
 __all__ = [
     "FP32_ISLANDS",
@@ -31,6 +31,7 @@ __all__ = [
     "float32_precision",
     "keep_fp32",
     "recomputation",
+    "store_in_planes",
     "store_parameters",
     "to_float32",
 ]

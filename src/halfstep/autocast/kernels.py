@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from halfstep.autocast import emulate, float8
 from halfstep.autocast.containers import map_tensors
 from halfstep.autocast.rules import AUTOCAST_KEYS, HEAVY, NO_CPU_KERNEL, Plan, Rule, registered
+from halfstep.split import SplitTensor
 
 Kernel = Callable[..., Any]
 
@@ -281,6 +282,8 @@ def _cast(tensor: Tensor, to: torch.dtype) -> Tensor:
         and torch.is_autocast_cache_enabled()
         and type(tensor) in (Tensor, torch.nn.Parameter)  # not the tensors of a tracer, which die with it
     )
+    if isinstance(tensor, SplitTensor):  # the op, not the method: what asks is autocast, and may have the plane itself
+        return torch.ops.aten._to_copy.default(tensor, dtype=to)  # type: ignore[no-any-return]
     if not keep:
         return tensor.to(to)
     assert _thread.weights is not None

@@ -1,4 +1,4 @@
-"""Parameters stored in a policy's 16-bit format, for the master-weight policies.
+"""Parameters stored as a policy wants them: in its 16-bit format, or in the two planes of `halfstep.split`.
 
 Normalisation layers stay FP32: their statistics and gains are few bytes and do not survive 8 bits of mantissa. So do
 the modules that the policy names in ``keep_fp32``.
@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from halfstep.autocast.islands import find
 from halfstep.policy import Policy
+from halfstep.split import split_parameters
 
 #: Layers whose parameters stay FP32 when a policy stores parameters in 16 bits.
 FP32_ISLANDS: tuple[type[nn.Module], ...] = (
@@ -44,10 +45,7 @@ def store_parameters(
     """
     if not policy.master_weights:
         return {}
-    kept = [part for part in module.modules() if isinstance(part, FP32_ISLANDS) or _reparametrised(part)]
-    islands = {id(parameter) for part in kept for parameter in part.parameters(recurse=False)}
-    for island in find(module, policy.keep_fp32).values():
-        islands |= {id(parameter) for parameter in island.parameters()}
+    islands = _islands(module, policy)
     chosen = {
         name: parameter
         for name, parameter in module.named_parameters()
@@ -67,6 +65,37 @@ def store_parameters(
     for name, parameter in chosen.items():
         parameter.data = cast[name]
     return float32
+
+
+def store_in_planes(module: nn.Module, policy: Policy, only: set[int] | None = None) -> dict[str, str]:
+    """Put the FP32 matrices of ``module`` into planes, where ``policy.storage`` is ``"split"``.
+
+    What computes in FP32 (normalisation layers, ``keep_fp32``, reparametrised weights) stays plain, and vectors do.
+
+    Args:
+        only: just the parameters whose ``id`` is in this set.
+
+    Returns:
+        By name, what would have been put into planes and could not, and why. Empty for another storage.
+    """
+    if policy.storage != "split":
+        return {}
+    islands = _islands(module, policy)
+
+    def wanted(name: str, parameter: nn.Parameter) -> bool:
+        is_matrix = parameter.dim() >= 2 and parameter.dtype is torch.float32
+        return is_matrix and id(parameter) not in islands and (only is None or id(parameter) in only)
+
+    return split_parameters(module, wanted)
+
+
+def _islands(module: nn.Module, policy: Policy) -> set[int]:
+    """The identities of the parameters that are used in FP32."""
+    kept = [part for part in module.modules() if isinstance(part, FP32_ISLANDS) or _reparametrised(part)]
+    islands = {id(parameter) for part in kept for parameter in part.parameters(recurse=False)}
+    for island in find(module, policy.keep_fp32).values():
+        islands |= {id(parameter) for parameter in island.parameters()}
+    return islands
 
 
 def _reparametrised(module: nn.Module) -> bool:

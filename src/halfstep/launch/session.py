@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from halfstep import hardware
-from halfstep.autocast import LOW_PRECISION, autocast, recomputation, store_parameters, to_float32
+from halfstep.autocast import LOW_PRECISION, autocast, recomputation, store_in_planes, store_parameters, to_float32
 from halfstep.autocast.script_islands import ScriptIslands
 from halfstep.launch.own import OwnPrecision, dtype_name, in_backward
 from halfstep.launch.scaling import OverflowInClosure, ScriptScaling
@@ -328,6 +328,17 @@ class Session:
             owners = {id(p): keeper for keeper in keepers for group in keeper.param_groups for p in group["params"]}
             for parameter, float32 in store_parameters(module, self.policy, only=set(owners)).items():
                 owners[id(parameter)].adopt(parameter, float32)
+
+        stepped = {id(p) for optimizer in self.stepped for group in optimizer.param_groups for p in group["params"]}
+        left = store_in_planes(module, self.policy, only=stepped)
+        if left:
+            name, why = next(iter(left.items()))
+            self.notice(
+                "plain-storage",
+                f"{len(left)} weights of {type(module).__name__} stay plain FP32 tensors, and are cast as under "
+                f"bf16-mixed (first: {name}, because {why})",
+                name,
+            )
 
     def _stepped_by_policy(
         self, original: Original, optimizer: Optimizer, args: Any, kwargs: Any

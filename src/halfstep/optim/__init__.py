@@ -8,6 +8,7 @@
 ``surveying``, ``clipping``                            norms and overflow of gradients, and what they are multiplied by
 ``release``, ``arrivals``                              steps inside the backward pass
 ``loading``, ``adopting``, ``plain``                   state from files, from FP32 parameters, and to plain FP32
+``fused_on_planes``                                    PyTorch's fused optimizers on `halfstep.split` parameters
 ``master_weights``                                     FP32 masters around any other torch optimizer
 ====================================================== ===============================================================
 """
@@ -15,6 +16,7 @@
 from halfstep.optim.adam import Adam, AdamW
 from halfstep.optim.backends import BackendUnavailableError, SlowOptimizerWarning
 from halfstep.optim.base import MasterOptimizer
+from halfstep.optim.fused_on_planes import teach as _teach_fused_optimizers
 from halfstep.optim.lion import Lion
 from halfstep.optim.master_weights import MasterWeights
 from halfstep.optim.plain import export_fp32, import_fp32
@@ -36,3 +38,5 @@ __all__ = [
     "import_fp32",
     "survey_of",
 ]
+
+_teach_fused_optimizers()

@@ -40,6 +40,7 @@ from halfstep.optim.release import GradientRelease
 from halfstep.optim.rules import Rule
 from halfstep.optim.surveying import gradient_coefficient, survey_of
 from halfstep.optim.update import Backend, Job, Survey
+from halfstep.split import SplitTensor
 
 
 class MasterOptimizer(Optimizer):
@@ -168,10 +169,13 @@ class MasterOptimizer(Optimizer):
             coefficient, found_inf = self._scalars
         rule = self.rule(group)
         by_device: dict[torch.device, list[Job]] = {}
+        in_planes: list[Tensor] = []
         copied: list[tuple[Tensor, Tensor]] = []
         states = rule.states
         for parameter, gradient in pairs:
             job = self._job(parameter, gradient, group, rule, states, copied)
+            if isinstance(parameter, SplitTensor):
+                in_planes.append(parameter)
             by_device.setdefault(job.parameter.device, []).append(job)
         for device, jobs in by_device.items():
             self._backend(device).update(
@@ -185,6 +189,7 @@ class MasterOptimizer(Optimizer):
             parameter.copy_(copy)
         # The kernels write through pointers; autograd and others look at the version to see that values changed.
         torch.autograd.graph.increment_version([job.parameter for jobs in by_device.values() for job in jobs])
+        torch.autograd.graph.increment_version(in_planes)
 
     def master(self, parameter: Tensor) -> Tensor:
         """The FP32 master of a parameter of this optimizer: a new tensor of its shape (of a sharded one, this part)."""

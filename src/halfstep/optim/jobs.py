@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from halfstep.optim import masters, moments
-from halfstep.optim.layout import first_element, flat, is_dense, is_sharded, like, local
+from halfstep.optim.layout import first_element, flat, is_dense, is_sharded, like, local, memory_of
 from halfstep.optim.update import Job
+from halfstep.split import SplitTensor
 
 
 class _Known(NamedTuple):
@@ -82,7 +83,8 @@ class Jobs:
         ordinal: int,
     ) -> _Known:
         ours = local(parameter)
-        dense = ours if is_dense(ours) else ours.contiguous()
+        planes = ours if isinstance(ours, SplitTensor) and is_dense(ours) else None
+        dense = planes.hi if planes is not None else ours if is_dense(ours) else ours.contiguous()
         names = [name for name, _ in states]
         for name in masters.NAMES:  # of a parameter that has another format since
             if name in state and (kept_as is None or kept_as[0] != name):
@@ -95,7 +97,7 @@ class Jobs:
         job = Job(
             parameter=flat(dense),
             gradient=dense,
-            kept=flat(local(state[kept_as[0]])) if kept_as else None,
+            kept=flat(planes.lo) if planes is not None else flat(local(state[kept_as[0]])) if kept_as else None,
             states=tuple(flat(local(state[name])) for name in names),
             scales=tuple(None if scale is None else flat(local(scale)) for scale in scales),
             step=state["step"],
@@ -107,20 +109,20 @@ class Jobs:
         )
         present = ["step", *names, *(f"{name}_scale" for name in names), *masters.NAMES]
         entries = tuple((n, state[n], local(state[n]).data_ptr()) for n in present if state.get(n) is not None)
-        contiguous = dense is ours and ours.is_contiguous() and not is_sharded(parameter)
-        return _Known(parameter, ours.data_ptr(), states, entries, contiguous, job)
+        contiguous = is_dense(ours) and ours.is_contiguous() and not is_sharded(parameter)
+        return _Known(parameter, memory_of(ours).data_ptr(), states, entries, contiguous, job)
 
 
 def _is_current(known: _Known, parameter: Tensor, state: dict[str, Any], states: tuple[tuple[str, bool], ...]) -> bool:
     if known.states != states:
         return False
     if known.contiguous:
-        if parameter.data_ptr() != known.address or not parameter.is_contiguous():
+        if memory_of(parameter).data_ptr() != known.address or not parameter.is_contiguous():
             return False
         for name, tensor, address in known.entries:
             if state.get(name) is not tensor or tensor.data_ptr() != address:
                 return False
         return True
-    if local(parameter).data_ptr() != known.address or local(parameter).stride() != local(known.parameter).stride():
+    if memory_of(parameter).data_ptr() != known.address or local(parameter).stride() != local(known.parameter).stride():
         return False
     return all(state.get(n) is tensor and local(tensor).data_ptr() == a for n, tensor, a in known.entries)

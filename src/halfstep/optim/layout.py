@@ -8,11 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfstep.split import SplitTensor
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded (DTensor) tensor, sharing memory; any other tensor as it is."""
     sharded: Any = tensor
     return sharded.to_local() if is_sharded(tensor) else tensor
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """The tensor that holds this rank's part in memory: of one that is stored in planes, the upper plane."""
+    part = local(tensor)
+    return part.hi if isinstance(part, SplitTensor) else part
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -1,0 +1,109 @@
+"""PyTorch's fused optimizers on parameters that are stored in planes: both planes in one pass of the kernels here.
+
+``torch.optim.AdamW(fused=True)`` calls one op for all its parameters. Where that meets a `SplitTensor`, the kernel for
+``exact`` masters steps it: the upper plane is its parameter, the lower its remainder. Plain parameters of the same
+call go to PyTorch's own kernel. Where no fast kernel is at hand, or PyTorch wants a loss scale divided out of the
+gradients in memory, the op goes the way of any other: tensor by tensor, joined.
+
+PyTorch's other forms (one tensor at a time, ``foreach``) are sequences of ordinary ops and keep their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfstep.optim import backends, moments
+from halfstep.optim.layout import flat, is_dense, like
+from halfstep.optim.rules import SGD, Adam, Rule
+from halfstep.optim.update import Job
+from halfstep.split import SplitTensor, register
+
+aten = torch.ops.aten
+
+
+def _fused_adam(op: Any, args: Any, kwargs: Any) -> Any:
+    given = _named(op, args, kwargs)
+    rule = Adam(
+        given["lr"],
+        given["beta1"],
+        given["beta2"],
+        given["eps"],
+        given["weight_decay"],
+        decoupled=op._schema.name == "aten::_fused_adamw_",
+        amsgrad=given["amsgrad"],
+        maximize=given["maximize"],
+    )
+    lists = ["exp_avgs", "exp_avg_sqs", *(["max_exp_avg_sqs"] if given["amsgrad"] else [])]
+    states = list(zip(*(given[name] for name in lists), strict=True))
+    # PyTorch has counted the step already; the kernels count it themselves.
+    return _update(op, given, rule, states, [step - 1 for step in given["state_steps"]])
+
+
+def _fused_sgd(op: Any, args: Any, kwargs: Any) -> Any:
+    given = _named(op, args, kwargs)
+    momentum, count = given["momentum"], len(given["self"])
+    rule = SGD(
+        given["lr"], momentum, given["dampening"], given["nesterov"], given["weight_decay"], maximize=given["maximize"]
+    )
+    states = [(buffer,) for buffer in given["momentum_buffer_list"]] if momentum else [()] * count
+    before = 0.0 if given["is_first_step"] else 1.0
+    steps = [torch.full((), before, dtype=torch.float32, device=p.device) for p in given["self"]]
+    return _update(op, given, rule, states, steps)
+
+
+def _update(
+    op: Any, given: dict[str, Any], rule: Rule, states: Sequence[Sequence[Tensor]], steps: Sequence[Tensor]
+) -> Any:
+    parameters, gradients = given["self"], given["grads"]
+    device = parameters[0].device
+    if given.get("grad_scale") is not None or backends.lacking(device.type):
+        return NotImplemented
+    jobs, rest = [], []
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        if isinstance(parameter, SplitTensor) and is_dense(parameter.hi):
+            jobs.append(_job(parameter, gradient, states[index], steps[index]))
+        else:
+            rest.append(index)
+    found_inf = given.get("found_inf")
+    flag = None if found_inf is None else found_inf.reshape(())
+    backend, _ = backends.choose("auto", device)
+    backend.update(jobs, rule, stochastic=False, coefficient=None, found_inf=flag)
+    torch.autograd.graph.increment_version([p for i, p in enumerate(parameters) if i not in rest])
+    torch.autograd.graph.increment_version([p.hi for i, p in enumerate(parameters) if i not in rest])
+    if rest:
+        part = {n: [v[i] for i in rest] if isinstance(v, list | tuple) and len(v) else v for n, v in given.items()}
+        op(**part)
+    return None
+
+
+def _job(parameter: SplitTensor, gradient: Tensor, states: Sequence[Tensor], step: Tensor) -> Job:
+    upper = parameter.hi
+    return Job(
+        parameter=flat(upper),
+        gradient=flat(like(gradient, upper)),
+        kept=flat(parameter.lo),
+        states=tuple(flat(like(state, upper)) for state in states),
+        scales=(None,) * len(states),
+        step=step,
+        row=moments.row_length(parameter.shape),
+        seed=0,
+        ordinal=0,
+    )
+
+
+def _named(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    names = [argument.name for argument in op._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def teach() -> None:
+    """Let split parameters know these ops."""
+    for op in (aten._fused_adamw_, aten._fused_adam_):
+        register(op.default, _fused_adam)
+        register(op.tensor_lr, _fused_adam)
+    register(aten._fused_sgd_.default, _fused_sgd)
+    register(aten._fused_sgd_.tensor_lr, _fused_sgd)
