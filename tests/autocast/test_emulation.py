@@ -290,6 +290,14 @@ def test_recurrent_layers_without_a_kernel_on_this_cpu_stay_in_fp32_and_it_is_sa
         assert out.dtype is low and told == []
 
 
+def test_asking_for_kernels_passes_by_whoever_watches_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`halfstep run` replaces this function, and counts and records what goes through it."""
+    known = [without_kernel(low) for low in FORMATS.values()]
+    without_kernel.cache_clear()
+    monkeypatch.setattr(torch.autograd, "backward", lambda *_, **__: pytest.fail("seen"))
+    assert [without_kernel(low) for low in FORMATS.values()] == known
+
+
 def test_a_missing_kernel_is_a_warning_once_at_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "listeners", [])
     kernels._warn_of_kept.cache_clear()

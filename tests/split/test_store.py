@@ -84,6 +84,7 @@ def test_only_matrices_are_stored_so_and_the_rest_is_named() -> None:
     model["a"].register_parameter("piece", nn.Parameter(flat[:16].view(4, 4)))
     left = split_parameters(model)
     assert left == {"a.piece": "it is a piece of a larger tensor", "low.weight": "it is float16"}
+    assert split_parameters(nn.LazyLinear(4)) == {}  # no values yet, so nothing to store
     assert isinstance(model["a"].weight, SplitTensor) and type(model["a"].bias) is nn.Parameter
     assert split_parameters(model) == left  # again changes nothing
     out = model["a"](torch.ones(1, 4))

@@ -25,7 +25,9 @@ def split_parameters(model: nn.Module, wanted: Callable[[str, nn.Parameter], boo
     """
     left: dict[str, str] = {}
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, SplitTensor) or not (wanted(name, parameter) if wanted else parameter.dim() >= 2):
+        if isinstance(parameter, SplitTensor) or nn.parameter.is_lazy(parameter):  # the latter has no values yet
+            continue
+        if not (wanted(name, parameter) if wanted else parameter.dim() >= 2):
             continue
         reason = _why_not(parameter)
         if not reason:
@@ -50,7 +52,7 @@ def _why_not(parameter: nn.Parameter) -> str:
         return f"it is {str(parameter.dtype).removeprefix('torch.')}"
     if type(parameter) is not nn.Parameter:
         return f"it is a {type(parameter).__name__}"
-    if parameter.is_meta or nn.parameter.is_lazy(parameter):
+    if parameter.is_meta:
         return "it has no values yet"
     storage = parameter.untyped_storage()
     if storage.nbytes() != parameter.numel() * parameter.element_size():
