@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import shutil
 import subprocess
 import time
 
@@ -11,7 +12,7 @@ import torch
 
 from gpu import datasheet, timing
 from gpu.section import Section
-from halfstep import hardware
+from halfstep import hardware, optim
 from halfstep.optim import backends
 from halfstep.policy import choose
 
@@ -33,7 +34,15 @@ def environment(s: Section) -> None:
         s.note("formats", **{name: support.support for name, support in facts.formats.items()})
         backend, why = backends.choose("auto", torch.device(s.device))
         name = backend.__name__.rpartition(".")[2] if hasattr(backend, "__name__") else str(backend)
-        s.check("the optimizers' fast backend runs", name != "eager", backend=name, why=why)
+        s.check("the optimizers' fast backend is there", name != "eager", backend=name, why=why)
+    with s.part("a step"):  # Triton compiles for it, with a C compiler for what is the host's
+        s.note("compilers", **{name: shutil.which(name) is not None for name in ("cc", "gcc", "clang", "nvcc")})
+        parameter = torch.nn.Parameter(torch.ones(1000, device=s.device, dtype=torch.bfloat16))
+        parameter.grad = torch.ones_like(parameter)
+        began = time.monotonic()
+        optim.AdamW([parameter], lr=0.5).step()
+        moved = bool((parameter < 1).all())  # waits for the device
+        s.check("AdamW takes a step", moved, seconds=round(time.monotonic() - began, 2))
     with s.part("copy"):
         size = 2**24 if s.tiny else 2**32
         source = torch.zeros(size // 4, device=s.device)

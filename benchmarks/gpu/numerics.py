@@ -62,9 +62,12 @@ def numerics(s: Section) -> None:
 
 
 def _tests(s: Section) -> list[str]:
+    """Only files that have such tests: to collect all the others would take a good part of the time."""
     if s.cuda:
-        return ["-m", "gpu", "tests"]
-    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*_on_cuda.py"))]
+        found = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text("utf-8")]
+    else:
+        found = [*(ROOT / "tests").rglob("test_*_on_cuda.py")]
+    return [*(["-m", "gpu"] if s.cuda else []), *sorted(str(path.relative_to(ROOT)) for path in found)]
 
 
 def _processes(s: Section) -> list[str]:

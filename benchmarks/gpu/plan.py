@@ -50,7 +50,7 @@ SECTIONS = (
 )
 NAMES = tuple(section.name for section in SECTIONS)
 #: Seconds for a section of `main` that is only tried: most of it is the start of its process.
-REHEARSAL = 25.0
+REHEARSAL = 20.0
 
 
 def chosen(wanted: SetName, only: Sequence[str] = (), skip: Sequence[str] = (), tiny: bool = False) -> list[Planned]:

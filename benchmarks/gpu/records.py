@@ -31,9 +31,9 @@ Line = dict[str, Any]
 
 SCHEMA = 1
 #: In every line, beside its values.
-FRAME = ("section", "name", "kind", "t", "ok", "tiny")
-#: Too long for a summary.
-LONG = ("where", "times_ms", "lines", "failures")
+FRAME = ("section", "name", "kind", "t", "ok")
+#: What a summary leaves out.
+LONG = ("where", "failures", "slowest", "tiny")
 #: Characters of a summary: of what a borrowed machine prints, 12,000 come back.
 SUMMARY = 11_000
 
@@ -72,8 +72,8 @@ def read(path: Path) -> list[Line]:
 def document(lines: Iterable[Line]) -> dict[str, Any]:
     """The last run in these lines as one document.
 
-    ``run``, ``environment`` and ``notes`` hold values as they were written; ``sections`` how each ended; ``checks`` and
-    ``crashes`` are lists of lines; ``measured`` is values by section and name.
+    ``run``, ``environment`` and ``notes`` hold values as they were written; ``sections`` how each ended, and whether it
+    was only tried (``tiny``); ``checks`` and ``crashes`` are lists of lines; ``measured`` is values by section, name.
     """
     lines = list(lines)
     begin = max((i for i, line in enumerate(lines) if line["kind"] == "run"), default=0)

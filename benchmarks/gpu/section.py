@@ -66,6 +66,7 @@ class Section:
 
     def has_time(self, name: str, seconds: float) -> bool:
         """Whether a part that takes so many seconds on a GPU can begin; if not, that is written down."""
+        seconds = min(seconds, 1.0) if self.tiny else seconds
         if not self.cuda or self.left() >= seconds:
             return True
         self.note(name, status="not run: too little time left", needs=seconds, left=round(self.left(), 1))

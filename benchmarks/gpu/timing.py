@@ -154,7 +154,9 @@ def profiled(device: str, step: Step) -> dict[str, Any]:
     values: dict[str, Any] = {"host_ops": _count(host, r"aten::")}
     if not cuda:
         return values
-    on_device = [event for event in events if event.device_type == DeviceType.CUDA and event.name != "the step"]
+    # Ranges that the host named stand on the device too, around their kernels: their names are not a kernel's.
+    named = {event.name for event in on_host}
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA and event.name not in named]
     kernels = [event for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
     return values | {
         "launches": _count(host, r"cu(da)?Launch(Cooperative)?Kernel"),
