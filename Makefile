@@ -11,7 +11,7 @@ STAMP = $(VENV)/.installed
 #: PyTorch of the pins: the newest of which continuous integration has a build without CUDA. Newer ones: docs/tested.md.
 TORCH = 2.13.0
 
-.PHONY: demo test test-avx2 lint check resolve pins matrix clean
+.PHONY: demo test test-avx2 gpu lint check resolve pins matrix clean
 
 demo: $(STAMP)
 	$(BIN)/halfstep demo
@@ -27,6 +27,11 @@ test: $(STAMP)
 AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 test-avx2: $(STAMP)
 	$(AVX2) TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-avx2 $(PYTEST) $(TESTS)
+
+# On a machine with a GPU, twelve minutes: is it right, and if so, how fast is it? docs/gpu.md; results in build/gpu.
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu_once.py --set smoke --budget 240 --out build/gpu
+	$(BIN)/python benchmarks/gpu_once.py --set main --budget 455 --out build/gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
