@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,8 @@ DEEDS = {
     "ends": "",
     "hangs": "import time; time.sleep(600)",
     "hangs and will not go": "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
+    "hangs with a child": "import subprocess; child = subprocess.Popen(['sleep', '600'])\n"
+    "records.append(path, 'hangs with a child', 'child', 'measure', pid=child.pid)\nchild.wait()",
     "crashes": "raise RuntimeError('no')",
     "dies": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "cut while writing": "open(path, 'a').write('{\"section\": \"cut whi')",
@@ -108,10 +111,11 @@ def run(gpu: Any, out: Path, sections: Sequence[Any], budget: float = 60.0) -> d
 
     def command(planned: Any, limit: float) -> list[str]:
         source = f"""
+            import os
             from pathlib import Path
             from gpu import records
             path = Path({str(out / "gpu_once.jsonl")!r})
-            records.append(path, {planned.name!r}, "began", "measure", limit={limit}, tiny=False)
+            records.append(path, {planned.name!r}, "began", "measure", limit={limit}, pid=os.getpid())
         """
         return [sys.executable, "-c", textwrap.dedent(source) + DEEDS[planned.name]]
 
@@ -122,7 +126,7 @@ def run(gpu: Any, out: Path, sections: Sequence[Any], budget: float = 60.0) -> d
     return document
 
 
-@pytest.mark.parametrize("how", ["hangs", "hangs and will not go"])
+@pytest.mark.parametrize("how", ["hangs", "hangs and will not go", "hangs with a child"])
 def test_a_section_that_is_killed_at_its_limit_loses_nothing_of_the_others(how: str, gpu: Any, tmp_path: Path) -> None:
     Planned = gpu.plan.Planned
     sections = [Planned(how, 6, "main"), Planned("ends", 600, "main")]
@@ -133,6 +137,15 @@ def test_a_section_that_is_killed_at_its_limit_loses_nothing_of_the_others(how: 
     assert "began" in document["measured"]["ends"]
     assert f"  {how}: limit\n" in (tmp_path / "summary.txt").read_text()
     assert not gpu.records.holds(document)
+    for begun in document["measured"][how].values():  # it and what it started are gone
+        assert not is_running(begun["pid"])
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_section_that_breaks_is_told_and_the_next_one_runs(gpu: Any, tmp_path: Path) -> None:
