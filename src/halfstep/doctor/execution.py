@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from halfstep.doctor import attention
 from halfstep.doctor.event import LOW_PRECISION, OpEvent, Value, floats
 from halfstep.doctor.shadow import Shadows, again, can_follow, named, widened, written
 from halfstep.observe.place import Place
@@ -43,7 +44,8 @@ def facts_of(func: Any) -> OpFacts:
     namespace, _, name = func._schema.name.partition("::")
     returned = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
     view = bool(returned) and not any(alias.is_write for alias in returned)
-    return OpFacts(namespace, name, view, can_follow(func, namespace, name))
+    follow = can_follow(func, namespace, name) or attention.is_fused(func)
+    return OpFacts(namespace, name, view, follow)
 
 
 @contextlib.contextmanager
@@ -155,6 +157,8 @@ class Execution:
             return widened(tensor.detach()) if shadow is None else shadow
 
         try:
+            if attention.is_fused(event.func):
+                return True, attention.in_fp32(event.func, event.args, event.kwargs, result, replace)
             return True, again(event.func, event.args, event.kwargs, replace)
         except Exception as error:
             self._failed(f"{event.name} in FP32", error)
@@ -171,7 +175,7 @@ def _dropout(event: OpEvent, result: Any) -> Any:
 
 
 def _draws_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an op that may draw random numbers draws none in this call: attention without dropout."""
+    """Whether an op that may draw random numbers draws none in this call, or is known to `Execution`."""
     given = {argument.name: value for argument, value in named(func, args, kwargs)}
     if func._schema.name == "aten::native_dropout":
         return given.get("train") is not False

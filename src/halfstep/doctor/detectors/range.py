@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from halfstep import formats
+from halfstep.doctor import attention
 from halfstep.doctor.event import OpEvent, Suspicion, Value, floats
 from halfstep.doctor.finding import Finding, Severity
 from halfstep.doctor.marks import GROSS
@@ -70,7 +71,10 @@ def range_of_results(event: OpEvent) -> Iterator[Suspicion]:
     """HS101, HS102, HS104, HS105."""
     if event.error is not None or event.name.lstrip("_").startswith(_NOT_COMPUTED):
         return
-    wrong = [i for i, value in enumerate(event.outputs) if not value.is_finite]
+    # Behind the output of fused attention stands its log-sum-exp: inf in rows that pad it, and in those without a key.
+    statistics = attention.is_fused(event.func) and not event.name.endswith("backward")
+    results = event.outputs[:1] if statistics else event.outputs
+    wrong = [i for i, value in enumerate(results) if not value.is_finite]
     if not wrong:
         return
     masked = event.name.startswith(_SOFTMAX) and "backward" not in event.name
@@ -126,7 +130,7 @@ def flushed_results(event: OpEvent) -> Iterator[Suspicion]:
         lost = int((there & (value.tensor == 0)).sum())
         if nonzero == 0 or lost < _FLUSHED * nonzero or not _beyond_reach(value, there):
             continue
-        if any(_flushed_share(v) >= _FLUSHED / 2 for v in event.inputs if v.is_low):
+        if any(_flushed_share(v) >= _FLUSHED / 2 for v in event.inputs):
             continue  # it was lost before
         name, format = _NAMES[value.tensor.dtype], formats.of(value.tensor.dtype)
         amax = float(value.shadow.abs().max())
@@ -228,7 +232,8 @@ def _is_rounded(event: OpEvent, output: Value) -> bool:
 def _on_own_inputs(event: OpEvent, output: Value) -> Tensor | None:
     """What the op gives in FP32 on the very inputs it had."""
     namespace, _, name = event.func._schema.name.partition("::")
-    if not can_follow(event.func, namespace, name):
+    is_attention = attention.is_fused(event.func)
+    if not is_attention and not can_follow(event.func, namespace, name):
         return None
     given = [t for _, value in named(event.func, event.args, event.kwargs) for t in floats(value)]
     before = {id(t): value for t, value in zip(given, event.inputs, strict=True)}
@@ -241,7 +246,10 @@ def _on_own_inputs(event: OpEvent, output: Value) -> Tensor | None:
         return targets.setdefault(id(tensor), value.tensor.to(torch.float32, copy=True))
 
     try:
-        result = again(event.func, event.args, event.kwargs, wide)
+        if is_attention:
+            result: Any = attention.in_fp32(event.func, event.args, event.kwargs, None, wide)
+        else:
+            result = again(event.func, event.args, event.kwargs, wide)
     except Exception:  # no FP32 kernel for this op: the shadow alone has to do
         return None
     if id(output.tensor) in targets:
