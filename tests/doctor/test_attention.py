@@ -491,7 +491,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
         q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2).contiguous() for y in self.qkv(x).chunk(3, -1))
-        v = v * self.shrink  # HERE
+        v = v * self.shrink
         y = ATTENTION[self.kernel](q, k, v, causal=True) / self.shrink
         return x + self.leave(y.transpose(1, 2).flatten(2)).repeat(1, 1, 4)
 

@@ -7,6 +7,7 @@ of the evaluated node says.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import subprocess
@@ -342,6 +343,87 @@ def test_backward_on_a_thread_that_counts_its_own_nodes(reentrant: bool) -> None
     assert (attribution.failures, attribution.unknown) == ([], 0)
 
 
+class Recomputes(nn.Module):
+    """Checkpoints a function of its own behind ops that use up the numbers of its nodes."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.before, self.inside, self.behind = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.reentrant = reentrant
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(self.inside(x)) * 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(6):
+            x = torch.softmax(x, -1)
+        x = checkpoint(self.inner, self.before(x), use_reentrant=self.reentrant)
+        return self.behind(x)  # type: ignore[no-any-return]
+
+
+class Contains(nn.Module):
+    """Checkpoints one of PyTorch's containers: no line of a script stands inside of it."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.container = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.GELU(), nn.Sequential(nn.Linear(6, 6)))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sin()
+        x = checkpoint(self.container, x, use_reentrant=self.reentrant)
+        return checkpoint(torch.tanh, x, use_reentrant=self.reentrant).sum()
+
+
+def places_on(model: nn.Module, threads: bool) -> Seen:
+    """Places of two steps; `threads`: forward on one thread, backward on another that has only the device's frames."""
+    seen: Seen = []
+
+    def observed(attribution: Attribution, work: Callable[[], Any]) -> Any:
+        with Places(attribution) as places:
+            result = work()
+        seen.extend(places.seen)
+        return result
+
+    run = on_new_thread if threads else lambda work: work()
+    with Attribution() as attribution:
+        for _ in range(2):
+            out = run(lambda: observed(attribution, lambda: model(torch.randn(4, 6, requires_grad=True))))
+            backward = functools.partial(torch.autograd.backward, [out], [torch.ones_like(out)])
+            run(functools.partial(observed, attribution, backward))
+    assert (attribution.failures, attribution.unknown) == ([], 0)
+    return seen
+
+
+@pytest.mark.parametrize("threads", [False, True])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_method_has_its_own_lines_in_backward(reentrant: bool, threads: bool) -> None:
+    seen = places_on(Recomputes(reentrant), threads)
+    line = Recomputes.inner.__code__.co_firstlineno + 1
+    of_gelu = {(place.module, place.phase, place.line) for place, _ in seen if place.op == "gelu_backward"}
+    assert of_gelu == {("Recomputes", "backward", line)}
+    products = {(place.phase, place.module) for place, _ in seen if place.op == "mul"}
+    assert products == {("forward", "Recomputes"), ("backward", "Recomputes")}
+    assert {place.line for place, _ in seen if place.op == "mul"} == {line}
+    lines = {place.line for place, _ in seen if place.module == "inside" and place.parameter is None}
+    assert lines == {line}
+
+
+@pytest.mark.parametrize("threads", [False, True])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_containers_recompute_is_on_the_line_that_called_them(reentrant: bool, threads: bool) -> None:
+    seen = places_on(Contains(reentrant), threads)
+    start = Contains.forward.__code__.co_firstlineno
+    inside = [place for place, _ in seen if place.module.startswith("container") and place.parameter is None]
+    assert {place.module for place in inside} == {f"container.{part}" for part in ("0", "1", "2", "3.0")}
+    assert {place.line for place in inside} == {start + 2}
+    recomputed = [place.op for place in inside if place.phase == "forward"]
+    assert recomputed.count("gelu") == 2 * 2
+    tanh = {(place.phase, place.line, place.module) for place, _ in seen if place.op == "tanh"}
+    assert tanh == {("forward", start + 3, "Contains")}
+    assert {(p.phase, p.line) for p, _ in seen if p.op == "tanh_backward"} == {("backward", start + 3)}
+
+
 def test_an_exception_in_forward_leaves_no_module_behind() -> None:
     class Fails(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -557,3 +639,20 @@ def test_built_in_scripts_are_scripts() -> None:
     assert not source_line._is_script(torch.nn.functional.__file__)
     assert source_line.shown(str(Path.cwd() / "a" / "b.py")) == str(Path("a", "b.py"))
     assert source_line.shown(str(Path.cwd().parent / "b.py")) == str(Path.cwd().parent / "b.py")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", [Recomputes, Contains])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_ops_on_a_devices_thread_have_the_places_of_the_cpu(kind: type[nn.Module], reentrant: bool) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        model = kind(reentrant).to(device)
+        with Attribution() as attribution, Places(attribution) as places:
+            for _ in range(2):
+                model(torch.randn(4, 6, device=device, requires_grad=True)).sum().backward()
+        assert (attribution.failures, attribution.unknown) == ([], 0)
+        ops = ("mm", "addmm", "gelu", "gelu_backward", "tanh", "tanh_backward", "sin", "cos", "_softmax")
+        found.append({(p.op, p.phase, p.module, p.line) for p, _ in places.seen if p.op in ops})
+    assert found[0] == found[1]

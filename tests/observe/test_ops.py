@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from halfstep.observe import ops
+from halfstep.observe.attribution import Attribution
 from halfstep.observe.histogram import ExponentHistogram
 from halfstep.observe.ops import OpObserver
 from halfstep.observe.place import Place
@@ -373,3 +377,52 @@ def test_the_profile_of_twelve_layers_is_a_small_file() -> None:
     assert len(profile.gradients) == len(list(model.parameters()))
     assert len(profile.layers()) > 12 * 5
     assert len(json.dumps(profile.to_json())) < 1_000_000
+
+
+class Recomputes(nn.Module):
+    """A method is checkpointed, behind ops that CUDA computes in FP32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.inside, self.behind = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return functional.gelu(self.inside(x)) * 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(6):
+            x = torch.softmax(x, -1)
+        return self.behind(checkpoint(self.inner, self.before(x), use_reentrant=True))  # type: ignore[no-any-return]
+
+
+def test_a_device_thread_counts_its_nodes_and_gradients_keep_their_format() -> None:
+    """On an accelerator backward has a thread of its own, on which recomputed nodes have the numbers of forward's."""
+
+    def lowered(threads: bool) -> dict[Place, bool]:
+        model, results = Recomputes(), []
+        with Attribution() as attribution:
+            observer = OpObserver("profile", parse("fp16-mixed:rules=cuda"), attribution)
+
+            def run(work: Callable[[], Any]) -> Any:
+                def observed() -> None:
+                    with observer:
+                        results.append(work())
+
+                thread = threading.Thread(target=observed) if threads else None
+                if thread is None:
+                    observed()
+                else:
+                    thread.start()
+                    thread.join()
+                return results[-1]
+
+            out = run(lambda: model(torch.randn(4, 6, requires_grad=True)))
+            seed = torch.ones_like(out)
+            run(lambda: torch.autograd.backward([out], [seed]))
+        assert observer.failures == []
+        return {record.place: record.lowered for record in observer.profile.records.values()}
+
+    found = lowered(threads=True)
+    assert found == lowered(threads=False)
+    assert {low for place, low in found.items() if place.op == "gelu_backward"} == {True}
+    assert {low for place, low in found.items() if place.op == "_softmax_backward_data"} == {False}

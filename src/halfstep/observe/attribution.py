@@ -15,7 +15,15 @@ module and line in forward, and looked up in backward. The rules that make it ex
 - ``AccumulateGrad`` has no number, but a parameter.
 
 Numbers are counted per thread. On accelerators backward runs on a thread of the device, where nodes made by
-recomputation start a count of their own; such nodes are tagged in ``node.metadata`` when their outermost module ends.
+recomputation start a count of their own. Whose count a node's number is of:
+
+- Nodes made there inside of modules are tagged in ``node.metadata`` when their outermost module ends.
+- A backward pass that a node begins while it is evaluated (reentrant checkpointing) runs through what that node made.
+- All others were made in forward.
+
+Such a thread has no frames of the script either, and on the CPU those outside of the backward pass have not called what
+is recomputed in it: where PyTorch's own containers recompute, an op is on the line that it was on before.
+
 The remaining hole is a double backward through nodes made on such a thread.
 """
 
@@ -26,7 +34,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -40,9 +48,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._pytree import tree_leaves
 
 from halfstep.observe import source_line
-from halfstep.observe.names import Names, Tree
+from halfstep.observe.lines import Call, Line, Scope, Thread, op_name
+from halfstep.observe.names import Names
 from halfstep.observe.place import Phase, Place
-from halfstep.observe.stepping import Optimizers, Step
+from halfstep.observe.stepping import Optimizers
 
 #: Numbers kept per thread; the older half is dropped beyond it. A step has some thousands.
 _KEPT_NUMBERS = 1 << 19
@@ -56,57 +65,6 @@ def remember(failures: list[str], where: str, error: BaseException) -> None:
     text = f"{where}: {type(error).__name__}: {error}{at}"
     if text not in failures and len(failures) < 16:
         failures.append(text)
-
-
-class _Scope:
-    """A module with the lines that were run in it; the code outside of all modules is one too."""
-
-    __slots__ = ("lines", "module", "parent", "type")
-
-    def __init__(self, module: str, kind: str, parent: _Scope | None) -> None:
-        self.module, self.type, self.parent = module, kind, parent
-        self.lines: dict[tuple[int, int], _Line] = {}
-
-
-class _Line:
-    """A line in a module: where ops are booked. Keeps its code object, so that its address is not used again."""
-
-    __slots__ = ("backward", "code", "file", "forward", "number", "optimizer", "scope")
-
-    def __init__(self, scope: _Scope, code: Any, file: str | None, number: int | None) -> None:
-        self.scope, self.code, self.file, self.number = scope, code, file, number
-        self.forward: dict[Any, Place] = {}
-        self.backward: dict[Any, Place] = {}
-        self.optimizer: dict[Any, Place] = {}
-
-    def place(self, known: dict[Any, Place], func: Any, phase: Phase) -> Place:
-        found = known.get(func)
-        if found is None:
-            scope = self.scope
-            found = Place(_name(func), phase, scope.module, scope.type, self.file, self.number)
-            known[func] = found
-        return found
-
-
-class _Call:
-    """A module that runs: its scope, and the node evaluated when it was called (then it is recomputation)."""
-
-    __slots__ = ("module", "node", "scope", "tree")
-
-    def __init__(self, module: nn.Module, scope: _Scope, tree: Tree | None, node: Any) -> None:
-        self.module, self.scope, self.tree, self.node = module, scope, tree, node
-
-
-class _Thread:
-    """What is going on in one thread."""
-
-    def __init__(self) -> None:
-        self.calls: list[_Call] = []
-        self.stepping: list[Step] = []
-        self.numbers: dict[int, _Line] = {}
-        self.next = -1  # the first number not yet noted; -1: not known
-        self.line: _Line | None = None  # of the op before
-        self.is_forward = False  # whether ops ran here outside of a backward pass
 
 
 class Attribution:
@@ -123,11 +81,11 @@ class Attribution:
         self._entered = 0
         self._handles: list[Any] = []
         self._names = Names()
-        self._outside = _Scope("", "", None)
-        self._nowhere = _Line(self._outside, None, None, None)
-        self._scopes: dict[int, tuple[weakref.ref[nn.Module], _Scope]] = {}  # as of their latest forward call
+        self._outside = Scope("", "", None)
+        self._nowhere = Line(self._outside, None, None, None)
+        self._scopes: dict[int, tuple[weakref.ref[nn.Module], Scope]] = {}  # as of their latest forward call
         self._local = threading.local()
-        self._threads: list[_Thread] = []
+        self._threads: list[Thread] = []
         self._stepped = Optimizers()
         self._refreshed = -1
         self._filter: Any = None
@@ -182,6 +140,19 @@ class Attribution:
         known = self._parameter(tensor)
         return known[0] if known is not None else self._stepped.position(tensor)
 
+    def newest_node(self) -> tuple[int, int]:
+        """What tells the newest node made by this thread from all others, inside ``__torch_dispatch__``."""
+        return id(self._thread()), next_number() - 1
+
+    def running_node(self) -> tuple[int, int] | None:
+        """What `newest_node` said of the node that is evaluated now; None outside of backward and where not known."""
+        node: Any = current_node()
+        number = getattr(node, "_sequence_nr", None)
+        if number is None:
+            return None
+        maker = self._maker(node, number(), self._thread())
+        return None if maker is None else (id(maker), number())
+
     def place(self, func: Any, args: Sequence[Any] = ()) -> Place:
         """Where the op `func` runs, asked inside ``__torch_dispatch__`` before the op is run.
 
@@ -191,7 +162,7 @@ class Attribution:
             return self._place(func, args)
         except Exception as error:
             remember(self.failures, "attribution", error)
-            return Place(_name(func))
+            return Place(op_name(func))
 
     def _place(self, func: Any, args: Sequence[Any]) -> Place:
         thread = self._thread()
@@ -211,31 +182,47 @@ class Attribution:
             line = thread.line or self._nowhere
             return line.place(line.backward, func, "backward")
         thread.is_forward = thread.is_forward or node is None
-        line = self._script_line(calls[-1].scope if calls else self._outside)
+        scope = calls[-1].scope if calls else self._outside
+        line = self._script_line(scope) if node is None else self._line_again(scope, node, thread, func)
         self._note(thread, line)
         if thread.stepping and node is None and thread.stepping[-1].covers(len(calls)):
             target = self._stepped.parameter_of(args[0]) if args and isinstance(args[0], Tensor) else None
             return self._at_parameter(func, target, line, "optimizer")
         return line.place(line.forward, func, "forward")
 
-    def _thread(self) -> _Thread:
-        thread: _Thread | None = getattr(self._local, "thread", None)
+    def _thread(self) -> Thread:
+        thread: Thread | None = getattr(self._local, "thread", None)
         if thread is None:
-            thread = self._local.thread = _Thread()
+            thread = self._local.thread = Thread()
             self._threads.append(thread)
         return thread
 
-    def _script_line(self, scope: _Scope) -> _Line:
-        frame = source_line.script_frame()
+    def _script_line(self, scope: Scope, frame: FrameType | None = None) -> Line:
+        frame = frame or source_line.script_frame()
         key = (0, 0) if frame is None else (id(frame.f_code), frame.f_lineno)
         line = scope.lines.get(key)
         if line is None:
             file = None if frame is None else source_line.shown(frame.f_code.co_filename)
-            line = _Line(scope, frame and frame.f_code, file, frame and frame.f_lineno)
+            line = Line(scope, frame and frame.f_code, file, frame and frame.f_lineno)
             scope.lines[key] = line
         return line
 
-    def _note(self, thread: _Thread, line: _Line) -> None:
+    def _line_again(self, scope: Scope, node: Any, thread: Thread, func: Any = None) -> Line:
+        """The line of what a node runs again in a module: the script's inside of it, else the one it was on before."""
+        frame = source_line.script_frame(in_backward=True)
+        if frame is not None:
+            return self._script_line(scope, frame)
+        around = self._line_of(node, thread) or self._nowhere
+        known = [line for line in reversed(scope.lines.values()) if func is None or func in line.forward]
+        for line in known:  # where a module is called on several lines: the one that was checkpointed
+            if line.code is around.code and line.number == around.number:
+                return line
+        if known:
+            return known[0]
+        key = (0 if around.code is None else id(around.code), around.number or 0)
+        return scope.lines.setdefault(key, Line(scope, around.code, around.file, around.number))
+
+    def _note(self, thread: Thread, line: Line) -> None:
         """Book the nodes made since the last op: the newest on this line, those before it on the op before."""
         number = next_number()
         if number != thread.next:
@@ -250,26 +237,39 @@ class Attribution:
                 thread.numbers = dict(list(numbers.items())[len(numbers) // 2 :])
         thread.line = line
 
-    def _line_of(self, node: Any, thread: _Thread) -> _Line | None:
+    def _line_of(self, node: Any, thread: Thread) -> Line | None:
         """The forward line that a node was made on; None for ``AccumulateGrad``, which belongs to no line."""
         number = node._sequence_nr()
         if number == _NO_NUMBER:
             return None
-        found: _Line | None = thread.numbers.get(number) if thread.is_forward else node.metadata.get(self)
-        if found is None:
-            # Where this thread made nodes only in backward, those are tagged: an untagged one is of a forward thread.
-            others = [other for other in self._threads if other.is_forward] + [thread]
-            found = next((other.numbers[number] for other in others if number in other.numbers), None)
-        if found is None:
+        maker = self._maker(node, number, thread)
+        if maker is None:
             self.unknown += 1
-        return found or self._nowhere
+            return self._nowhere
+        return maker.numbers[number]
 
-    def _recomputed(self, func: Any, line: _Line) -> _Line | None:
+    def _maker(self, node: Any, number: int, thread: Thread) -> Thread | None:
+        """The thread that made a node which `thread` evaluates; None if its number was not noted."""
+        if thread.is_forward:
+            if number in thread.numbers:
+                return thread
+        else:
+            tagged: Thread | None = node.metadata.get(self)
+            if tagged is not None and number in tagged.numbers:
+                return tagged
+            if number in thread.numbers and source_line.begun_by_a_node():
+                return thread
+        others = [other for other in self._threads if other.is_forward] + [thread]
+        return next((other for other in others if number in other.numbers), None)
+
+    def _recomputed(self, func: Any, line: Line) -> Line | None:
         """The forward line of an op that checkpointing runs again outside of modules entered since; else None."""
-        frame = source_line.script_frame()
-        if frame is None or not source_line.recomputes():
+        if not source_line.recomputes():
             return None
-        scope: _Scope | None = line.scope
+        frame = source_line.script_frame(in_backward=True)
+        scope: Scope | None = line.scope
+        if frame is None:  # a function of PyTorch's, checkpointed itself: it is on the line that did so
+            return line
         while scope is not None:
             # The module whose node wants the recomputed values, or one around it, has run this op on this line before.
             # (The line alone is not enough: `lin(relu(x))` is also where the op inside of PyTorch's `lin` was called.)
@@ -277,15 +277,15 @@ class Attribution:
             if known is not None and func in known.forward:
                 return known
             scope = scope.parent
-        return self._script_line(line.scope)
+        return self._script_line(line.scope, frame)
 
-    def _accumulates(self, func: Any, variable: Any, thread: _Thread) -> Place:
+    def _accumulates(self, func: Any, variable: Any, thread: Thread) -> Place:
         if self.parameter_name(variable) is None:  # an input that wants its gradient: said of the op that made it
             line = thread.line or self._nowhere
             return line.place(line.backward, func, "backward")
         return self._at_parameter(func, variable, self._nowhere, "backward")
 
-    def _at_parameter(self, func: Any, tensor: Tensor | None, line: _Line, phase: Phase) -> Place:
+    def _at_parameter(self, func: Any, tensor: Tensor | None, line: Line, phase: Phase) -> Place:
         """Accumulation into a parameter's gradient, or an update of a parameter or of its optimizer state."""
         known = line.backward if phase == "backward" else line.optimizer
         name = None if tensor is None else self.parameter_name(tensor)
@@ -296,7 +296,7 @@ class Attribution:
             owner = self._parameter(tensor)
             module = "" if owner is None else name.rpartition(".")[0] or owner[1]
             kind = "" if owner is None else owner[1]
-            found = known[func, name] = Place(_name(func), phase, module, kind, line.file, line.number, name)
+            found = known[func, name] = Place(op_name(func), phase, module, kind, line.file, line.number, name)
         return found
 
     def _parameter(self, tensor: Tensor) -> tuple[str, str] | None:
@@ -325,11 +325,13 @@ class Attribution:
         scope_around = around.scope if around is not None else self._outside
         if thread.next not in (-1, next_number()) and (node is None or around is not None):
             # Nodes without an op yet. With gradients off, that of a Function which calls this module (checkpointing).
-            before = thread.line if torch.is_grad_enabled() else None
-            self._note(thread, before or self._script_line(scope_around))
+            line = thread.line if torch.is_grad_enabled() else None
+            if line is None:
+                line = self._script_line(scope_around) if node is None else self._line_again(scope_around, node, thread)
+            self._note(thread, line)
         latest = self._scopes.get(id(module))
         if node is not None and latest is not None and latest[0]() is module:
-            thread.calls.append(_Call(module, latest[1], None, node))
+            thread.calls.append(Call(module, latest[1], None, node))
             return
         tree = around.tree if around is not None and around.tree is not None else self._names.add_root(module)
         path = self._names.path(tree, module)
@@ -340,9 +342,9 @@ class Attribution:
             scope = latest[1]
             scope.parent = scope_around if scope_around is not scope else scope.parent
         else:
-            scope = _Scope(path or kind, kind, scope_around)
+            scope = Scope(path or kind, kind, scope_around)
             self._scopes[id(module)] = (weakref.ref(module), scope)
-        thread.calls.append(_Call(module, scope, tree, node))
+        thread.calls.append(Call(module, scope, tree, node))
 
     def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
         thread = self._thread()
@@ -356,8 +358,8 @@ class Attribution:
                     self._tag(thread, args, output)
                 return
 
-    def _tag(self, thread: _Thread, args: Any, output: Any) -> None:
-        """Write their lines to nodes made on a thread that has no forward pass of its own."""
+    def _tag(self, thread: Thread, args: Any, output: Any) -> None:
+        """Write to nodes that they were made on this thread, which has no forward pass of its own."""
         seen: set[Any] = {leaf.grad_fn for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
         pending: list[Any] = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         while pending:
@@ -365,9 +367,8 @@ class Attribution:
             if node is None or node in seen or self in node.metadata:
                 continue
             seen.add(node)
-            line = thread.numbers.get(node._sequence_nr())
-            if line is not None:
-                node.metadata[self] = line
+            if node._sequence_nr() in thread.numbers:
+                node.metadata[self] = thread
                 pending += [after for after, _ in node.next_functions]
 
     def _step_begins(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -376,8 +377,3 @@ class Attribution:
 
     def _step_ends(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._stepped.end(self._thread().stepping, optimizer)
-
-
-def _name(func: Any) -> str:
-    packet = getattr(func, "overloadpacket", None)
-    return packet.__name__ if packet is not None else str(getattr(func, "__name__", func))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._C._autograd import _get_sequence_nr
 from torch.utils._pytree import tree_leaves
 
+from halfstep.observe.attribution import Attribution
 from halfstep.observe.lowering import only_first, promoted, would_be_low
 from halfstep.observe.place import Phase
 from halfstep.policy import Policy
@@ -19,14 +20,17 @@ class LowTags:
     """The tags of one run's tensors, and `would_be_low` asked with them for one op after another.
 
     A tag belongs to a storage: views and what autograd unpacks share it, and an address used again belongs to a new
-    result, which is tagged anew. A gradient's format is its forward tensor's; the sequence number of the node that runs
-    says which forward op that was.
+    result, which is tagged anew. A gradient's format is its forward tensor's; the node that runs says which forward op
+    that was. Nodes are numbered per thread; an `Attribution` that is entered, and asked for the place of every op,
+    knows which thread made one. Without it they are taken to be of one thread, as on a CPU.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, attribution: Attribution | None = None) -> None:
         self.policy = policy
+        self._newest = _newest_node if attribution is None else attribution.newest_node
+        self._running = _running_node if attribution is None else attribution.running_node
         self._low: dict[int, bool] = {}
-        self._forward: dict[int, bool] = {}  # by sequence number, as `would_be_low` takes it
+        self._forward: dict[tuple[int, int] | None, bool] = {}  # by node, as `would_be_low` takes it
 
     def see(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any, phase: Phase) -> bool:
         """Tag the results of an op that has run, inside ``__torch_dispatch__``; whether they would be low."""
@@ -36,7 +40,7 @@ class LowTags:
         inputs_low = [self._low.get(_key(x), False) for x in inputs]
         dims = [x.dim() for x in inputs]
         device_type = outputs[0].device.type
-        forward = self._forward.get(_node_number()) if phase == "backward" else None
+        forward = self._forward.get(self._running()) if phase == "backward" else None
         low = would_be_low(
             func,
             inputs_low,
@@ -48,7 +52,7 @@ class LowTags:
             forward_low=forward,
         )
         if phase == "forward" and torch.is_grad_enabled():
-            self._forward.setdefault(_next_node_number() - 1, low or promoted(inputs_low, dims))
+            self._forward.setdefault(self._newest(), low or promoted(inputs_low, dims))
         for output in outputs[: 1 if only_first(func) else None]:
             self._low[_key(output)] = low
         return low
@@ -69,11 +73,11 @@ def _key(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _next_node_number() -> int:
-    return int(_get_sequence_nr())
+def _newest_node() -> tuple[int, int]:
+    return 0, int(_get_sequence_nr()) - 1
 
 
-def _node_number() -> int:
-    """Of the node that runs; -1, which no node has, outside of the engine and in nodes written in Python."""
+def _running_node() -> tuple[int, int] | None:
+    """None outside of the engine and in nodes written in Python."""
     number = getattr(torch._C._current_autograd_node(), "_sequence_nr", None)
-    return -1 if number is None else int(number())
+    return None if number is None else (0, int(number()))

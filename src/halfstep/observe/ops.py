@@ -104,7 +104,7 @@ class OpObserver(TorchDispatchMode):
         self.level = level
         self.attribution = Attribution() if attribution is None else attribution
         self.failures = self.attribution.failures
-        self._tags = None if policy is None else LowTags(policy)
+        self._tags = None if policy is None else LowTags(policy, self.attribution)
         self._composites = None if policy is None else Composites()
         self._tallies: dict[tuple[Place, torch.dtype], _Tally] = {}
         self._amax = array("d")  # by number of result; -1: of nothing
