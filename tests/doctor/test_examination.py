@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from waits import Waits
 
 import halfstep
 from halfstep.doctor import Examination, Severity, examine
@@ -414,3 +415,24 @@ def test_updates_that_compensation_keeps_are_not_lost(kahan: bool, codes: list[s
             optimizer.step()
 
     assert [finding.code for finding in examine(program)] == codes
+
+
+def test_one_wait_an_op() -> None:
+    """On a device the host waits wherever a number is asked for: of most ops, all numbers are asked for at once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.ReLU())
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(torch.ones(16, 32)).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with Waits() as alone:
+        step()
+    with Waits() as waits, Examination() as examination:
+        step()
+    assert examination.findings() == []
+    assert len(waits.seen) - len(alone.seen) < 1.25 * alone.ops

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from waits import Waits
 
 from halfstep.formats import FORMATS, Format
-from halfstep.observe.histogram import BIAS, BINS, ExponentHistogram
+from halfstep.observe import histogram as histograms
+from halfstep.observe.histogram import BIAS, BINS, ExponentHistogram, count
 
 FLOATS = st.floats(width=32) | st.sampled_from([0.0, -0.0, math.inf, -math.inf, math.nan, 2.0**-149, 65504.0, 65520.0])
 #: No float32 subnormal numbers, and none that become such: there, scaling and shares are exact.
@@ -93,6 +95,48 @@ def test_more_elements_than_are_counted_at_a_time() -> None:
     histogram = ExponentHistogram.of(x)
     assert (histogram.zeros, histogram.nans, histogram.total) == (1 << 20, 1, (1 << 20) + 3)
     assert histogram.counts.nonzero().flatten().tolist() == [0, BIAS, 255]
+
+
+def samples() -> list[Tensor]:
+    """All 16-bit numbers, random bits of float32, and what float64 has beyond float32's range."""
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).to(torch.int32).view(torch.float32)
+    wide = torch.tensor([0.0, 1e-320, 1e-40, 1.0, 1e200, math.inf, math.nan], dtype=torch.float64)
+    zeros = torch.zeros((1 << 22) + 3)
+    zeros[-3:] = torch.tensor([1.0, math.nan, 2.0**-140])
+    return [all_codes(torch.float16).float(), all_codes(torch.bfloat16), bits, wide, zeros, bits[:0]]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_counts_on_a_device_are_those_of_the_cpu(deterministic: bool) -> None:
+    """The code for devices, run on the CPU."""
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for x in samples():
+            assert torch.equal(histograms._counted_on_device(x), count(x))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_counting_on_a_device_waits_for_nothing() -> None:
+    with Waits() as waits:
+        row = histograms._counted_on_device(torch.randn(100))
+    assert waits.seen == []
+    assert ExponentHistogram.from_counts(row).total == 100
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_counts_of_a_device() -> None:
+    for x in samples():
+        assert torch.equal(count(x.cuda()).cpu(), count(x))
+    x = torch.randn(1000, device="cuda").half()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        row = count(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ExponentHistogram.from_counts(row).total == 1000
 
 
 def test_counting_leaves_the_tensor_and_its_graph_alone() -> None:

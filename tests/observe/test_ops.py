@@ -19,8 +19,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from waits import Waits
 
-from halfstep.observe import ops
+from halfstep.observe import histogram, ops
 from halfstep.observe.attribution import Attribution
 from halfstep.observe.histogram import ExponentHistogram
 from halfstep.observe.ops import OpObserver
@@ -426,3 +427,41 @@ def test_a_device_thread_counts_its_nodes_and_gradients_keep_their_format() -> N
     assert found == lowered(threads=False)
     assert {low for place, low in found.items() if place.op == "gelu_backward"} == {True}
     assert {low for place, low in found.items() if place.op == "_softmax_backward_data"} == {False}
+
+
+def test_no_op_of_a_device_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts and largest magnitudes stay where they are until the profile is asked for, and are then what they were."""
+    profiles = []
+    for counted in (histogram._counted, histogram._counted_on_device):
+        monkeypatch.setattr(histogram, "_counted", counted)
+        torch.manual_seed(0)
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+        with Waits() as alone:
+            train(copy.deepcopy(model))
+        with Waits() as waits, OpObserver("profile", parse("bf16-mixed")) as observer:
+            train(model, optimizer)
+            train(model, optimizer, micro=2)
+        if counted is histogram._counted_on_device:
+            assert waits.seen == alone.seen == []
+        profiles.append(observer.profile.to_json())
+    assert profiles[0] == profiles[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_profile_of_a_device_has_the_ops_of_the_cpu() -> None:
+    seen = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).to(device)
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).to(device)
+        with OpObserver("profile", parse("fp16-mixed:rules=cuda")) as observer:
+            model(x).square().mean().backward()
+        assert observer.failures == [] and observer.attribution.unknown == 0
+        profile = observer.profile
+        seen.append({(r.place.op, r.place.phase, r.place.module): r.elements for r in profile.records.values()})
+        assert all(r.histogram.total == r.elements for r in profile.records.values())
+        assert set(profile.gradients) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    products = [{key for key in found if key[0] in ("mm", "addmm", "gelu", "gelu_backward")} for found in seen]
+    assert products[0] == products[1]

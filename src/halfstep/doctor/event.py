@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ class Value:
     tensor: Tensor
     shadow: Tensor | None = None
     made_by: Place | None = None
+    _amax: float | None = None
 
     @property
     def is_low(self) -> bool:
@@ -46,10 +46,12 @@ class Value:
         """FP32's value as far as it is known: the shadow, else the tensor itself in float32."""
         return self.shadow if self.shadow is not None else self.tensor.detach().float()
 
-    @cached_property
+    @property
     def amax(self) -> float:
-        """The largest magnitude; NaN if one is NaN, 0 of an empty tensor."""
-        return amax(self.tensor)
+        """The largest magnitude; NaN if one is NaN, 0 of an empty tensor. `measure` asks for several at once."""
+        measure([self])
+        assert self._amax is not None
+        return self._amax
 
     @property
     def is_finite(self) -> bool:
@@ -117,15 +119,38 @@ class Suspicion:
 Detector = Callable[[OpEvent], Iterable[Suspicion]]
 
 
-def amax(tensor: Tensor) -> float:
-    """The largest magnitude in a tensor of any floating format; NaN if one is NaN, 0 if it is empty."""
-    if tensor.numel() == 0:
-        return 0.0
-    tensor = tensor.detach()
-    if tensor.dtype not in (torch.float32, torch.float64, *LOW_PRECISION):  # float8: no reductions
-        tensor = tensor.float()
-    low, high = torch.aminmax(tensor)
-    return max(abs(float(low)), abs(float(high))) if float(low) == float(low) else math.nan
+def measure(values: Iterable[Value]) -> None:
+    """Find the largest magnitudes of all that were not measured yet, waiting once for their device."""
+    waiting = [value for value in values if value._amax is None]
+    ends: list[Tensor] = []
+    for value in waiting:
+        if value.tensor.numel() == 0:
+            value._amax = 0.0
+            continue
+        tensor = value.tensor.detach()
+        if tensor.dtype not in (torch.float32, torch.float64, *LOW_PRECISION):  # float8: no reductions
+            tensor = tensor.float()
+        ends += torch.aminmax(tensor)
+    found = iter(read(*ends))
+    for value in waiting:
+        if value._amax is None:
+            low, high = next(found), next(found)
+            value._amax = max(abs(low), abs(high)) if low == low else math.nan
+
+
+def read(*scalars: Tensor) -> list[float]:
+    """The numbers in tensors without dimensions, of any real dtypes, waiting once for each device that they are on."""
+    if len(scalars) < 2:
+        return [float(scalar) for scalar in scalars]
+    found = [math.nan] * len(scalars)
+    groups: dict[tuple[torch.device, bool], list[int]] = {}
+    for index, scalar in enumerate(scalars):
+        wide = scalar.dtype in (torch.float64, torch.int64)  # counts go beyond 2**24
+        groups.setdefault((scalar.device, wide), []).append(index)
+    for indices in groups.values():  # of several dtypes, `stack` makes one that holds them all
+        for index, value in zip(indices, torch.stack([scalars[i] for i in indices]).tolist(), strict=True):
+            found[index] = float(value)
+    return found
 
 
 def floats(values: Any) -> list[Tensor]:

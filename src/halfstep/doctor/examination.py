@@ -7,7 +7,8 @@
     findings ←─ reached a gradient, parameter, buffer, Python ←─ Marks travel ←────┘
 
 One dispatch mode sees forward, backward and optimizer alike. Models under ``torch.compile`` run eagerly below it, so
-what is examined are eager numerics. It costs 5 to 100 times the step: a few steps are enough.
+what is examined are eager numerics. It costs 5 to 100 times the step on a CPU: a few steps are enough. What it costs on
+a GPU is not measured; there the host waits about once for every op.
 
 Nothing in here may end or change the program that is examined: what fails is kept, and reported once as HS506 or HS507.
 """
@@ -31,7 +32,7 @@ from halfstep.doctor.detectors import DETECTORS
 from halfstep.doctor.detectors.data import bad_data
 from halfstep.doctor.detectors.gradients import GradientFlush
 from halfstep.doctor.detectors.loss_scale import LOSS, ScaleCourse
-from halfstep.doctor.event import LOW_PRECISION, Detector, OpEvent, Suspicion, floats
+from halfstep.doctor.event import LOW_PRECISION, Detector, OpEvent, Suspicion, Value, floats, measure
 from halfstep.doctor.execution import Execution, beside_the_run, facts_of
 from halfstep.doctor.finding import Finding, Severity, Silence, ordered, without_silenced
 from halfstep.doctor.lints.keeping import groups_of
@@ -163,6 +164,9 @@ class Examination:
             event.parameters = {i for i, tensor in stepped if storage_key(tensor) in self._stepped}
         elif event.place.phase == "backward":
             self.flush.see(event)
+        forward = event.place.phase == "forward"
+        asked = (value for value in event.inputs if (forward and value.shadow is not None) or self._is_new(value))
+        measure([*event.outputs, *asked])  # all that detectors ask of most ops, with one wait
         given: dict[int, set[int]] = {}
         decided: set[int] = set()
         for suspicion in [*self._data(event), *self._suspicions(event)]:
@@ -191,9 +195,12 @@ class Examination:
     def _data(self, event: OpEvent) -> Iterator[Suspicion]:
         """inf and NaN in what comes from outside: looked for once, where a tensor is first used."""
         for value in event.inputs:
-            if value.made_by is None and self._shadows.entry(value.tensor) is None:
+            if self._is_new(value):
                 self._shadows.made(value.tensor, None)
                 yield from bad_data(event, value, self.attribution.parameter_name(value.tensor))
+
+    def _is_new(self, value: Value) -> bool:
+        return value.made_by is None and self._shadows.entry(value.tensor) is None
 
     def _suspicions(self, event: OpEvent) -> Iterator[Suspicion]:
         for detector in self._detectors:

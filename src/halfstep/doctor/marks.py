@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from halfstep.doctor.event import Value
+from halfstep.doctor.event import Value, read
 from halfstep.doctor.finding import Finding
 
 Kind = Literal["numbers", "seeds", "always", "hidden", "decisions"]
@@ -130,11 +130,12 @@ def differs(value: Value) -> tuple[bool, bool]:
         return False, False
     here, there = value.tensor.detach().float(), value.shadow
     finite = here.isfinite()
-    if not torch.equal(finite, there.isfinite()):
+    elsewhere = (finite != there.isfinite()).any()
+    otherwise, largest, error = read(elsewhere, _largest(there, finite), _largest(here - there, finite))
+    if otherwise:
         return True, True
-    largest, error = _largest(there, finite), _largest(here - there, finite)
     return error > ANY * largest, error > GROSS * largest
 
 
-def _largest(tensor: Tensor, where: Tensor) -> float:
-    return float(torch.where(where, tensor, 0.0).abs().max())
+def _largest(tensor: Tensor, where: Tensor) -> Tensor:
+    return torch.where(where, tensor, 0.0).abs().max()

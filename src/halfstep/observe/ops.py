@@ -9,10 +9,11 @@ to run every so many steps. "profile" counts every element of forward and backwa
 what a 16-bit format would do. No format is predicted from an optimizer's results, which are many and as large as the
 model: "profile" samples them, "scan" keeps their largest magnitudes only, and their histograms are empty.
 
-The largest magnitudes stay on their device until they are asked for. An op's inputs are mostly results of earlier ops,
-so how large they were is known already: a storage remembers the number of the result that was last written to it. Only
-parameters and data are measured when they are first read. (An address that is freed and given to data made outside of
-ops keeps its old number: `OpRecord.operand_amax` may then be that of the earlier tensor.)
+Largest magnitudes and counts stay on their device until they are asked for: no op is waited for. An op's inputs are
+mostly results of earlier ops, so how large they were is known already: a storage remembers the number of the result
+that was last written to it. Only parameters and data are measured when they are first read. (An address that is freed
+and given to data made outside of ops keeps its old number: `OpRecord.operand_amax` may then be that of the earlier
+tensor.)
 
 Not recorded: views and other results that share an input's memory without writing to it, tensors filled with constants
 or not at all, sparse and integer ones.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from halfstep.observe.attribution import Attribution, remember
-from halfstep.observe.histogram import BINS, ExponentHistogram
+from halfstep.observe.histogram import ExponentHistogram, count
 from halfstep.observe.low_tags import LowTags
 from halfstep.observe.lowering import Composites, only_first
 from halfstep.observe.place import Place
@@ -62,21 +63,21 @@ class _Unread(NamedTuple):
 class _Tally:
     """An `OpRecord` in the making."""
 
-    __slots__ = ("amax", "calls", "counts", "elements", "growth", "lowered", "nans", "operand_amax", "zeros")
+    __slots__ = ("amax", "calls", "counts", "elements", "growth", "lowered", "operand_amax")
 
     def __init__(self) -> None:
-        self.calls = self.elements = self.zeros = self.nans = 0
-        self.counts = torch.zeros(BINS, dtype=torch.int64)
+        self.calls = self.elements = 0
+        self.counts: dict[torch.device, Tensor] = {}  # as `histogram.count` gives them
         self.lowered = False
         self.amax = self.operand_amax = self.growth = None  # type: float | None
 
-    def add(self, histogram: ExponentHistogram) -> None:
-        self.counts += histogram.counts
-        self.zeros += histogram.zeros
-        self.nans += histogram.nans
+    def add(self, counts: Tensor) -> None:
+        known = self.counts.get(counts.device)
+        self.counts[counts.device] = counts if known is None else known + counts
 
-    def record(self, place: Place, dtype: str) -> OpRecord:
-        histogram = ExponentHistogram(self.counts.clone(), self.zeros, self.nans)
+    def record(self, place: Place, dtype: str, counts: Iterable[Tensor]) -> OpRecord:
+        """Its `counts`, brought to the host, are given."""
+        histogram = ExponentHistogram.merge(map(ExponentHistogram.from_counts, counts))
         amax = 0.0 if self.amax is None else self.amax
         values = (self.calls, self.elements, amax, self.lowered, histogram, self.operand_amax, self.growth)
         return OpRecord(place, dtype, *values)
@@ -111,8 +112,8 @@ class OpObserver(TorchDispatchMode):
         self._number: dict[int, int] = {}  # address of a storage -> the result last written to it
         self._unread: dict[tuple[torch.device, torch.dtype], list[_Unread]] = {}
         self._unread_count = 0
-        self._gradients: dict[str, ExponentHistogram] = {}
-        self._accumulated: dict[str, ExponentHistogram] = {}  # of the step under way
+        self._gradients: dict[str, Tensor] = {}  # counts, as those of a tally
+        self._accumulated: dict[str, Tensor] = {}  # of the step under way
         self._step = 1
         self._hooked: dict[int, Any] = {}
         self._hooked_roots = 0
@@ -138,11 +139,15 @@ class OpObserver(TorchDispatchMode):
         """All that was seen so far; waits for the devices."""
         with _disable_current_modes():
             self._read()
+            gradients = dict(self._gradients)
+            _add_up(gradients, self._accumulated)
+            rows = [row for tally in self._tallies.values() for row in tally.counts.values()]
+            fetched = iter(_fetched([*rows, *gradients.values()]))
             records = {
-                (place, str(dtype)): tally.record(place, str(dtype)) for (place, dtype), tally in self._tallies.items()
+                (place, str(dtype)): tally.record(place, str(dtype), [next(fetched) for _ in tally.counts])
+                for (place, dtype), tally in self._tallies.items()
             }
-            gradients = Profile({}, self._gradients).merge(Profile({}, self._accumulated)).gradients
-        return Profile(records, gradients)
+        return Profile(records, {name: ExponentHistogram.from_counts(next(fetched)) for name in gradients})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -188,9 +193,9 @@ class OpObserver(TorchDispatchMode):
             tally.lowered = tally.lowered or lowered
             self._number[address] = self._measure(output, tally, read)
             if place.phase != "optimizer":
-                tally.add(ExponentHistogram.of(output, None if self.level == "profile" else _SAMPLE))
+                tally.add(count(output, None if self.level == "profile" else _SAMPLE))
             elif self.level == "profile":
-                tally.add(ExponentHistogram.of(output, _SAMPLE_OF_UPDATES))
+                tally.add(count(output, _SAMPLE_OF_UPDATES))
         if tally is not None:
             tally.calls += 1
 
@@ -258,14 +263,32 @@ class OpObserver(TorchDispatchMode):
                 return
             if self._step != self.attribution.step:
                 self._step = self.attribution.step
-                self._gradients = dict(Profile({}, self._gradients).merge(Profile({}, self._accumulated)).gradients)
+                _add_up(self._gradients, self._accumulated)
                 self._accumulated = {}
             with _disable_current_modes():
                 sample = None if self.level == "profile" else _SAMPLE
                 # Of several backward passes before one step, the last sees the sum.
-                self._accumulated[name] = ExponentHistogram.of(_dense(parameter.grad), sample)
+                self._accumulated[name] = count(_dense(parameter.grad), sample)
         except Exception as error:
             remember(self.failures, "observing a gradient", error)
+
+
+def _add_up(sums: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    for name, row in new.items():
+        sums[name] = sums[name].to(row.device) + row if name in sums else row
+
+
+def _fetched(rows: Sequence[Tensor]) -> list[Tensor]:
+    """All rows on the host, waiting once for each device."""
+    found = list(rows)
+    away: dict[torch.device, list[int]] = {}
+    for index, row in enumerate(rows):
+        if row.device.type != "cpu":
+            away.setdefault(row.device, []).append(index)
+    for indices in away.values():
+        for index, row in zip(indices, torch.stack([rows[i] for i in indices]).cpu(), strict=True):
+            found[index] = row
+    return found
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

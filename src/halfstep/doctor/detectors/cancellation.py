@@ -16,13 +16,14 @@ forward pass, and only what stands out of FP32's rounding noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from halfstep import formats
-from halfstep.doctor.event import OpEvent, Suspicion, Value
+from halfstep.doctor.event import OpEvent, Suspicion, Value, read
 from halfstep.doctor.finding import Finding, Severity
 from halfstep.doctor.shadow import again, widened
 
@@ -96,14 +97,15 @@ def error_jumps(event: OpEvent) -> Iterator[Suspicion]:
         return
     if not event.outputs or event.decisions or all(value.shadow is None for value in event.inputs):
         return
-    incoming = [_relative_error(value) for value in event.inputs]
+    errors = _relative_errors([*event.inputs, *event.outputs])
+    incoming, outgoing = errors[: len(event.inputs)], errors[len(event.inputs) :]
     if any(error is None for error in incoming):
         return
     # An op that rounds its result makes an error of its own: an exact input is not infinitely better.
     floor = max((formats.of(v.tensor.dtype).eps / 2 for v in (*event.inputs, *event.outputs) if v.is_low), default=0.0)
     before = max([floor, *(error for error in incoming if error is not None)])
     for index, output in enumerate(event.outputs):
-        after = _relative_error(output)
+        after = outgoing[index]
         if after is None or output.shadow is None or after <= WRONG or after <= JUMP * before or before == 0.0:
             continue
         if _flushes(output) or (name in _SUMS and _is_noise(event, output.shadow)):
@@ -161,16 +163,26 @@ def _difference_finding(
 # ------------------------------------------------------------------ jumps
 
 
-def _relative_error(value: Value) -> float | None:
-    """Distance from FP32 by the norm of FP32's; 0 without a shadow; None if there is no such number."""
-    if value.shadow is None or value.tensor.numel() == 0:
-        return 0.0
-    here, there = value.tensor.detach().float(), value.shadow.float()
-    norm = float(torch.linalg.vector_norm(there))
-    error = float(torch.linalg.vector_norm(here - there))
-    if error == 0.0:
-        return 0.0
-    return error / norm if norm > 0 and torch.isfinite(torch.tensor(error + norm)) else None
+def _relative_errors(values: Sequence[Value]) -> list[float | None]:
+    """Distances from FP32 by the norm of FP32's; 0 without a shadow; None if there is no such number."""
+    norms: list[Tensor] = []
+    for value in values:
+        if value.shadow is not None and value.tensor.numel():
+            there = value.shadow.float()
+            difference = value.tensor.detach().float() - there
+            norms += torch.linalg.vector_norm(there), torch.linalg.vector_norm(difference)
+    found = iter(read(*norms))
+    errors: list[float | None] = []
+    for value in values:
+        if value.shadow is None or not value.tensor.numel():
+            errors.append(0.0)
+            continue
+        norm, error = next(found), next(found)
+        if error == 0.0:
+            errors.append(0.0)
+        else:
+            errors.append(error / norm if norm > 0 and math.isfinite(error + norm) else None)
+    return errors
 
 
 def _flushes(output: Value) -> bool:

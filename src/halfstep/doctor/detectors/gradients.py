@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from halfstep.doctor.event import OpEvent
+from halfstep.doctor.event import OpEvent, read
 from halfstep.doctor.finding import Finding, Severity
 from halfstep.observe.place import Place
 
@@ -69,8 +69,8 @@ class GradientFlush:
             self._task, self._ops, self._largest = task, {}, 0.0
         for value in event.outputs:
             if value.is_low and value.shadow is not None:
-                self._largest = max(self._largest, _finite_amax(value.shadow))
-                nonzero, zero = _lost(value.tensor, value.shadow)
+                nonzero, zero, largest = _lost(value.tensor, value.shadow)
+                self._largest = max(self._largest, largest)
                 count = self._ops.setdefault(event.place, _Count())
                 count.nonzero += nonzero
                 if zero and not _was_lost(event, zero / nonzero):
@@ -87,13 +87,12 @@ class GradientFlush:
         self._pass.ops = self._ops if self._task == task else {}
         if shadow is None:
             shadow = gradient.detach().float()
-        nonzero, zero = _lost(gradient.detach(), shadow)
+        nonzero, zero, largest = _lost(gradient.detach(), shadow)
         layer = name.rpartition(".")[0] or name
         for count in (self._pass.total, self._pass.layers.setdefault(layer, _Count())):
             count.zero += zero
             count.nonzero += nonzero
-        if shadow.numel():
-            self._pass.amax = max(self._pass.amax, _finite_amax(shadow))
+        self._pass.amax = max(self._pass.amax, largest)
         self._pass.largest = max(self._pass.amax, self._largest if self._task == task else 0.0)
 
     def finished(self) -> Iterator[Finding]:
@@ -130,22 +129,19 @@ def _was_lost(event: OpEvent, share: float) -> bool:
     """Whether what an op was given had lost half of this share already."""
     for value in event.inputs:
         if value.shadow is not None:
-            nonzero, zero = _lost(value.tensor, value.shadow)
+            nonzero, zero, _ = _lost(value.tensor, value.shadow)
             if zero >= share / 2 * max(nonzero, 1):
                 return True
     return False
 
 
-def _finite_amax(tensor: Tensor) -> float:
-    magnitude = tensor.abs()
-    return float(torch.where(magnitude.isfinite(), magnitude, 0.0).max()) if tensor.numel() else 0.0
-
-
-def _lost(here: Tensor, fp32: Tensor) -> tuple[int, int]:
-    """Elements that are not zero in FP32, and how many of them are zero here."""
+def _lost(here: Tensor, fp32: Tensor) -> tuple[int, int, float]:
+    """Elements that are not zero in FP32, how many of them are zero here, and the largest finite one."""
     magnitude = fp32.abs()
     if magnitude.numel() == 0:
-        return 0, 0
+        return 0, 0, 0.0
     finite = torch.where(magnitude.isfinite(), magnitude, 0.0)
-    there = finite > float(finite.max()) * _NEGLIGIBLE
-    return int(there.sum()), int((there & (here == 0)).sum())
+    largest = finite.max()
+    there = finite > largest * _NEGLIGIBLE
+    nonzero, zero, amax = read(there.sum(), (there & (here == 0)).sum(), largest)
+    return int(nonzero), int(zero), amax

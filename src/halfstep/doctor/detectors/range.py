@@ -25,7 +25,7 @@ from torch import Tensor
 
 from halfstep import formats
 from halfstep.doctor import attention
-from halfstep.doctor.event import OpEvent, Suspicion, Value, floats
+from halfstep.doctor.event import OpEvent, Suspicion, Value, floats, read
 from halfstep.doctor.finding import Finding, Severity
 from halfstep.doctor.marks import GROSS
 from halfstep.doctor.shadow import again, can_follow, named, widened
@@ -126,8 +126,7 @@ def flushed_results(event: OpEvent) -> Iterator[Suspicion]:
         if not value.is_low or value.shadow is None:
             continue
         there = value.shadow != 0
-        nonzero = int(there.sum())
-        lost = int((there & (value.tensor == 0)).sum())
+        nonzero, lost = (int(count) for count in read(there.sum(), (there & (value.tensor == 0)).sum()))
         if nonzero == 0 or lost < _FLUSHED * nonzero or not _beyond_reach(value, there):
             continue
         if any(_flushed_share(v) >= _FLUSHED / 2 for v in event.inputs):
@@ -346,8 +345,8 @@ def _flushed_share(value: Value) -> float:
     if value.shadow is None or value.tensor.numel() == 0:
         return 0.0
     there = value.shadow != 0
-    nonzero = int(there.sum())
-    return int((there & (value.tensor == 0)).sum()) / nonzero if nonzero else 0.0
+    nonzero, lost = read(there.sum(), (there & (value.tensor == 0)).sum())
+    return lost / nonzero if nonzero else 0.0
 
 
 def _beyond_reach(value: Value, there: Tensor) -> bool:
