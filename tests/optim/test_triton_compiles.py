@@ -79,6 +79,7 @@ def test_kernels_compile_for_a_device_that_is_not_here(
     assert compiled.asm["cubin"]
     ptx = compiled.asm["ptx"]
     assert not re.search(r"(sqrt|div)\.(approx|full)", ptx), "a square root or division that is not rounded"
+    assert ".ftz" not in ptx, "subnormal numbers are taken for zero"
     if name == "adam":
         elements = 1024 // 128
         fused = 2 + constants["COUPLED"]

@@ -41,8 +41,9 @@ TABLES = 4096
 _ALIGNMENT = 16
 _PREPARED = 128  # jobs that one program of `prepare` counts
 _COMBINED = 1024  # chunks that the second stage of a survey takes at a time
-# No contraction: storage must not change results. Dither is meant to wrap, also where Triton debugs.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "sanitize_overflow": False}
+# No contraction: storage must not change results. Dither is meant to wrap, also where Triton debugs. Subnormal numbers
+# are numbers: in floor and abs Triton takes them for zero otherwise.
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "sanitize_overflow": False, "enable_reflect_ftz": False}
 
 
 class _Place(NamedTuple):
