@@ -90,12 +90,13 @@ class AdamW(Adam):
     ========== ============ =============================================================================
     master     state        bytes per parameter, with weight and gradient in 16 bits
     ========== ============ =============================================================================
-    ``exact``  ``fp32``     14; the same numbers as FP32 training with PyTorch's AdamW, bit for bit
+    ``exact``  ``fp32``     14; the same numbers as with FP32 parameters, bit for bit
     ``exact``  ``bf16``     10
     ``24bit``  ``8bit``     7.1; 5.1 with ``release_gradients=True``
     ========== ============ =============================================================================
 
-    (FP32 parameters with PyTorch's AdamW: 16.)
+    (FP32 parameters with PyTorch's AdamW: 16. That one has a loop, a foreach and a fused form, whose last bits differ:
+    which of them these numbers are on a CPU says ``docs/optimizers.md``; on CUDA it is open until measured.)
 
     Args:
         params: parameters or groups of them; float32, bfloat16 and float16, also mixed.
