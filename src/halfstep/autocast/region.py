@@ -49,20 +49,3 @@ def recomputation(policy: Policy | str, device_type: str) -> Iterator[None]:
     plan = rules.plan(policy, device_type) if policy.lowers else None
     with kernels.in_force(plan, backward=True):
         yield
-
-
-@contextlib.contextmanager
-def float32_precision(policy: Policy) -> Iterator[None]:
-    """Make FP32 mean FP32, or TF32, on CUDA while a policy is in effect; 16-bit policies leave PyTorch's settings.
-
-    PyTorch's default lets cuDNN convolutions use TF32, so a run that is to be the FP32 reference has to say so.
-    """
-    if policy.lowers or not torch.cuda.is_available():
-        yield
-        return
-    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = policy.tf32
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul
