@@ -69,7 +69,8 @@ def is_held(wanted: Float32) -> bool:
     """Whether FP32 products are computed in ``wanted``, by the switches that kernels read."""
     tf32 = wanted == "tf32"
     on_cuda = all((_get("cuda", op) == "tf32") is tf32 and _get("cuda", op) != "bfx9" for op in _OPS)
-    return on_cuda and all(_get("mkldnn", op) in ("ieee", "none") for op in _OPS)
+    on_cpu = {"ieee", "none", "tf32"} if tf32 else {"ieee", "none"}
+    return on_cuda and all(_get("mkldnn", op) in on_cpu for op in _OPS)
 
 
 def hold(wanted: Float32) -> None:

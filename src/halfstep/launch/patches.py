@@ -10,6 +10,7 @@ Each wrapper asks whether a session is open and hands over to it, with the origi
 ``LRScheduler`` subclasses' ``step`` holds still after a skipped step
 ``torch.nn.utils.clip_grad_norm_``   only reads the norm it returns, for the record
 ``torch.autograd.grad``, ``compile`` notices what the policy cannot reach
+``set_float32_matmul_precision``     undone where the policy says otherwise, and noticed
 ``torch.autocast.__enter__``         notices a script's own autocast
 ``torch.amp.GradScaler.scale, step`` notices a script's own loss scaling
 ``kernels.listeners``                notices an op that this CPU cannot run in the policy's format
@@ -68,6 +69,7 @@ class Patches:
         self._wrap(torch.autograd, "backward", lambda session: session.backward)
         self._wrap(torch.autograd, "grad", lambda session: session.own.gradients)
         self._wrap(torch, "compile", lambda session: session.own.compiling)
+        self._wrap(torch, "set_float32_matmul_precision", lambda session: session.float32.setting)
         self._wrap(Optimizer, "state_dict", lambda session: session.optimizer_state)
         self._wrap(Optimizer, "load_state_dict", lambda session: session.load_optimizer_state)
         self._wrap(torch.autocast, "__enter__", lambda session: session.own.autocast)

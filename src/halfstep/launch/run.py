@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 
 from halfstep import hardware
-from halfstep.autocast import float32_precision
+from halfstep.autocast import Float32Switches
 from halfstep.launch.patches import Patches
 from halfstep.launch.script import Outcome, load, run
 from halfstep.launch.seeds import seeded
@@ -110,7 +110,9 @@ def run_under_policy(
             stack.callback(patches.remove)
             if seed is not None:
                 stack.enter_context(seeded(seed))
-            stack.enter_context(float32_precision(chosen))
+            stack.callback(Float32Switches.read().put_back)
+            session.float32.exact_beside_16_bit = watcher is not None
+            session.float32.hold()
             if chosen.lowers:
                 stack.enter_context(_without_fused_attention())
             patches.install()

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from halfstep import hardware
 from halfstep.autocast import LOW_PRECISION, autocast, recomputation, store_in_planes, store_parameters, to_float32
 from halfstep.autocast.script_islands import ScriptIslands
+from halfstep.launch.float32 import HeldFloat32
 from halfstep.launch.own import OwnPrecision, dtype_name, in_backward
 from halfstep.launch.scaling import OverflowInClosure, ScriptScaling
 from halfstep.launch.steps import StepObserver
@@ -93,6 +94,7 @@ class Session:
         self._schedulers: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
         self._masters: weakref.WeakKeyDictionary[Optimizer, MasterWeights] = weakref.WeakKeyDictionary()
         self.own = OwnPrecision(self)
+        self.float32 = HeldFloat32(self)
         self.watcher: Watcher | None = None
         self.entering_ours = False
         self._scaling = ScriptScaling()
@@ -116,6 +118,7 @@ class Session:
             self.forwards_seen += 1
             if device_type != self.device_type:
                 self._change_device(device_type)
+            self.float32.hold()
             if self.watcher is not None and not in_backward():
                 self.watcher.forward_starts(module)
             # In backward a module call is a recomputation. What was checkpointed inside a module finds the
@@ -143,6 +146,7 @@ class Session:
         if in_backward():
             return original(tensors, grad_tensors, *args, **kwargs)
         self.backwards_seen += 1
+        self.float32.hold()
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         given = [grad_tensors] if isinstance(grad_tensors, Tensor) or grad_tensors is None else list(grad_tensors)
         given += [None] * (len(roots) - len(given))
@@ -181,10 +185,9 @@ class Session:
 
     def step(self, original: Original, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """An optimizer's ``step``: applied, or skipped when scaled gradients overflowed."""
-        if getattr(self._local, "in_step", False):
+        if getattr(self._local, "in_step", False) or self.own.stepping:  # which records, once it knows of a skip
             return original(optimizer, *args, **kwargs)
-        if self.own.stepping:  # own_scaler_step records, once it knows of a skip
-            return original(optimizer, *args, **kwargs)
+        self.float32.hold()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         with self.aside():
             grad_norm = self.steps.norm(parameters)
