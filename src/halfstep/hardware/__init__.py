@@ -1,6 +1,6 @@
 """Device facts: which number formats this machine computes in, and how well.
 
-`detect` asks PyTorch and, on a CPU, `rates` measures; a choice of policy rests on both.
+`detect` says it; `accelerators` asks PyTorch for GPUs without starting their drivers here, and `rates` measures a CPU.
 """
 
 from halfstep.hardware.detect import (

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from halfstep.hardware.accelerators import Accelerator, accelerators, current_index
 from halfstep.hardware.rates import Rates, product_rates
 from halfstep.version import __version__
 
@@ -58,29 +59,33 @@ class DeviceFacts:
     detail: str  #: compute capability or the CPU features that matter
 
 
-def detect(device_type: str | None = None) -> DeviceFacts:
-    """Facts of the machine's first device of ``device_type``, or of the one PyTorch scripts usually choose.
+def detect(device: str | torch.device | None = None) -> DeviceFacts:
+    """Facts of one device of this machine. Never starts CUDA in a process that has not used it.
 
     Args:
-        device_type: "cpu", "cuda", "mps" or "xpu"; None takes the first accelerator present, else the CPU.
+        device: "cpu", "cuda", "mps" or "xpu", and for one of several GPUs its index, as in "cuda:1"; without one, the
+            device that PyTorch would take. None takes the first accelerator present, else the CPU.
 
     Raises:
         DeviceUnavailableError: no such device on this machine, or PyTorch was built without it.
     """
-    if device_type is None:
-        device_type = next(t for t in ("cuda", "xpu", "mps", "cpu") if _is_available(t))
-    if device_type not in DEVICE_TYPES:
-        raise DeviceUnavailableError(f"unknown device {device_type!r}; known: {', '.join(DEVICE_TYPES)}")
-    if not _is_available(device_type):
+    if device is None:
+        device = next(t for t in ("cuda", "xpu", "mps", "cpu") if _is_available(t))
+    kind, _, index = str(device).partition(":")
+    if kind not in DEVICE_TYPES or not (index.isdigit() or not index):
+        raise DeviceUnavailableError(f"unknown device {str(device)!r}; known: {', '.join(DEVICE_TYPES)}")
+    if not _is_available(kind):
         present = ", ".join(t for t in DEVICE_TYPES if _is_available(t))
-        raise DeviceUnavailableError(f"no {device_type} device: {_absence(device_type)}; this machine has: {present}")
-    if device_type == "cuda":
-        return _cuda()
-    if device_type == "mps":
+        raise DeviceUnavailableError(f"no {kind} device: {_absence(kind)}; this machine has: {present}")
+    if kind == "cpu":
+        return _cpu()
+    if kind == "mps":
         return _mps()
-    if device_type == "xpu":
-        return _xpu()
-    return _cpu()
+    found = accelerators(kind)
+    number = int(index) if index else current_index(kind)
+    if number >= len(found):
+        raise DeviceUnavailableError(f"no device {device}: PyTorch finds {len(found)} of this type")
+    return _cuda(found[number]) if kind == "cuda" else _xpu(found[number])
 
 
 def environment(facts: DeviceFacts) -> dict[str, Any]:
@@ -191,24 +196,23 @@ def _cpu() -> DeviceFacts:
     )
 
 
-def _cuda() -> DeviceFacts:
-    properties = torch.cuda.get_device_properties(0)
+def _cuda(device: Accelerator) -> DeviceFacts:
     if torch.version.hip:
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        known = FormatSupport("native", f"PyTorch's own answer for ROCm ({properties.gcnArchName})")
+        known = FormatSupport("native", f"PyTorch's own answer for ROCm ({device.architecture})")
         unknown = FormatSupport("unknown", "not known for ROCm devices")
         formats = {
             "fp32": known,
             "tf32": unknown,
-            "bf16": known if bf16 else unknown,
+            "bf16": known if device.bf16 else unknown,
             "fp16": known,
             "fp8": unknown,
         }
         detail = f"ROCm {torch.version.hip}"
     else:
-        formats = cuda_formats((properties.major, properties.minor))
-        detail = f"compute capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
-    return DeviceFacts("cuda", properties.name, properties.total_memory, formats, detail)
+        major, minor = device.architecture.split(".")
+        formats = cuda_formats((int(major), int(minor)))
+        detail = f"compute capability {device.architecture}, CUDA {torch.version.cuda}"
+    return DeviceFacts("cuda", device.name, device.memory_bytes, formats, detail)
 
 
 def _mps() -> DeviceFacts:
@@ -224,30 +228,27 @@ def _mps() -> DeviceFacts:
     return DeviceFacts("mps", cpu_name(), psutil.virtual_memory().total, formats, f"macOS {platform.mac_ver()[0]}")
 
 
-def _xpu() -> DeviceFacts:
-    properties = torch.xpu.get_device_properties(0)
+def _xpu(device: Accelerator) -> DeviceFacts:
     native = FormatSupport("native", "PyTorch's own answer for this Intel GPU; halfstep has not measured it")
     unknown = FormatSupport("unknown", "not known for Intel GPUs")
     formats = {
         "fp32": native,
         "tf32": unknown,
-        "bf16": native if torch.xpu.is_bf16_supported(including_emulation=False) else unknown,
+        "bf16": native if device.bf16 else unknown,
         "fp16": unknown,
         "fp8": unknown,
     }
-    return DeviceFacts("xpu", properties.name, properties.total_memory, formats, "Intel GPU")
+    return DeviceFacts("xpu", device.name, device.memory_bytes, formats, "Intel GPU")
 
 
-def _is_available(device_type: str) -> bool:
-    if device_type == "cpu":
+def _is_available(kind: str) -> bool:
+    if kind == "cpu":
         return True
-    if device_type == "mps":
-        return torch.backends.mps.is_available()
-    return torch.cuda.is_available() if device_type == "cuda" else torch.xpu.is_available()
+    return torch.backends.mps.is_available() if kind == "mps" else bool(accelerators(kind))
 
 
-def _absence(device_type: str) -> str:
-    if device_type == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+def _absence(kind: str) -> str:
+    if kind == "cuda" and torch.version.cuda is None and torch.version.hip is None:
         return f"this PyTorch ({torch.__version__}) was built without CUDA"
     return "PyTorch finds none (driver, visibility or build)"
 
