@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from halfstep.autocast import LOW_PRECISION
+from halfstep.launch.scaling import scale_of
 
 if TYPE_CHECKING:
     from halfstep.launch.session import Session
@@ -93,7 +94,7 @@ class OwnPrecision:
         """A script's own ``GradScaler.step``: recorded with its verdict."""
         if self._session.is_ours(scaler) or self.scaler is None:
             return original(scaler, optimizer, *args, **kwargs)
-        scale = scaler.get_scale()
+        scale = scale_of(scaler)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self._session.watcher is not None:
             self._session.watcher.step_starts(optimizer)
@@ -104,12 +105,11 @@ class OwnPrecision:
         finally:
             self.stepping = False
         found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        applied = not any(bool(found_inf.item()) for found_inf in found.values())
         # A fused optimizer unscales inside its kernel and leaves .grad scaled: no norm then, unless clipping gave it.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         with self._session.aside():
             norm = self._session.steps.norm(parameters, only_clipped=fused)
-        self._session.ended(optimizer, applied, scale, norm)
+        self._session.ended(optimizer, norm, scale, tuple(found.values()))
         return result
 
 

@@ -89,6 +89,7 @@ def run_under_policy(
     chosen, reason = resolve(policy, facts)
     seen = _Seen()
     session = Session(policy, chosen, facts.type, seen.write, step_limit)
+    session.devices.expected = facts.name
     header = Header(
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         command=(_shown(script), *arguments),

@@ -43,9 +43,9 @@ class ScriptScaling:
         self._inputs: list[weakref.ref[Tensor]] = []  # of the forward passes since the last backward
 
     @property
-    def scale(self) -> float | None:
-        """The present loss scale; None before the first backward."""
-        return None if self._scaler is None else float(self._scaler.get_scale())
+    def scale(self) -> Tensor | None:
+        """The present loss scale, float32 0-d on its device; None before the first backward."""
+        return None if self._scaler is None else self._scaler._scale
 
     def uses(self, scaler: object) -> bool:
         """Whether ``scaler`` is the one that works here."""
@@ -81,15 +81,18 @@ class ScriptScaling:
         self._settle(scaler)
         scaler.note_inputs(reference() for reference in self._inputs)
         self._inputs.clear()
-        scale = scaler.get_scale()
+        scale = scaler._scale
+        assert scale is not None  # made above
         scaled_roots: list[Tensor] = []
         scaled_given: list[Tensor | None] = []
         for root, gradient in zip(roots, given, strict=True):
             wide = root.float() if root.dtype in LOW_PRECISION else root
             scaled_roots.append(scaler.scale(wide) if gradient is None else wide)
-            scaled_given.append(None if gradient is None else gradient.to(wide.dtype) * scale)
+            scaled_given.append(
+                None if gradient is None else gradient.to(wide.dtype) * scale.to(gradient.device, non_blocking=True)
+            )
         device = roots[0].device
-        self._inverse = torch.full((), 1.0 / scale, device=device)
+        self._inverse = scale.to(device, non_blocking=True).reciprocal()
         if self._found_inf is None:
             self._found_inf = torch.zeros((), device=device)
         try:
@@ -158,6 +161,11 @@ class ScriptScaling:
         unscaled = gradient.clone()
         torch._amp_foreach_non_finite_check_and_unscale_([unscaled], found, on_device)
         return unscaled
+
+
+def scale_of(scaler: torch.amp.GradScaler) -> Tensor | float:
+    """A scaler's present scale where it is: ``get_scale()`` waits for the device."""
+    return scaler.get_scale() if scaler._scale is None else scaler._scale
 
 
 def _put_first(hooks: MutableMapping[int, Any] | None, key: int) -> None:

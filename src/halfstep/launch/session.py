@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,12 +22,14 @@ from torch.utils._pytree import tree_leaves
 from halfstep import hardware
 from halfstep.autocast import LOW_PRECISION, autocast, recomputation, store_in_planes, store_parameters, to_float32
 from halfstep.autocast.script_islands import ScriptIslands
+from halfstep.launch.devices import ScriptDevices
 from halfstep.launch.float32 import HeldFloat32
 from halfstep.launch.own import OwnPrecision, dtype_name, in_backward
-from halfstep.launch.scaling import OverflowInClosure, ScriptScaling
+from halfstep.launch.reading import OnDevice
+from halfstep.launch.scaling import OverflowInClosure, ScriptScaling, scale_of
 from halfstep.launch.steps import StepObserver
 from halfstep.optim import MasterOptimizer, MasterWeights
-from halfstep.policy import Policy, resolve
+from halfstep.policy import Policy
 from halfstep.record import Memory, Notice, Step
 from halfstep.scale import KeptStatistics
 
@@ -95,6 +97,7 @@ class Session:
         self._masters: weakref.WeakKeyDictionary[Optimizer, MasterWeights] = weakref.WeakKeyDictionary()
         self.own = OwnPrecision(self)
         self.float32 = HeldFloat32(self)
+        self.devices = ScriptDevices(self)
         self.watcher: Watcher | None = None
         self.entering_ours = False
         self._scaling = ScriptScaling()
@@ -116,8 +119,7 @@ class Session:
             if device_type not in hardware.DEVICE_TYPES:  # meta: shapes without numbers, no format to choose
                 return original(module, *args, **kwargs)
             self.forwards_seen += 1
-            if device_type != self.device_type:
-                self._change_device(device_type)
+            self.devices.met(first.device)
             self.float32.hold()
             if self.watcher is not None and not in_backward():
                 self.watcher.forward_starts(module)
@@ -152,7 +154,7 @@ class Session:
         given += [None] * (len(roots) - len(given))
         scaler = self.own.scaler
         with self.aside():
-            self.steps.loss(roots, given, 1.0 if scaler is None else scaler.get_scale())
+            self.steps.loss(roots, given, 1.0 if scaler is None else scale_of(scaler))
         with contextlib.ExitStack() as stack:
             if self.watcher is not None:
                 stack.callback(self.watcher.backward_ended)
@@ -202,7 +204,7 @@ class Session:
         if grad_norm is None:  # a closure has made the gradients only now
             with self.aside():
                 grad_norm = self.steps.norm(parameters)
-        self.ended(optimizer, applied, scale, grad_norm)
+        self.ended(optimizer, grad_norm, scale, not applied)
         return result
 
     def scheduler_step(self, original: Original, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -275,17 +277,6 @@ class Session:
                 self.entering_ours = False
             yield
 
-    def _change_device(self, device_type: str) -> None:
-        """The script computes elsewhere than the policy was chosen for."""
-        policy, reason = resolve(self.requested, hardware.detect(device_type))
-        if str(policy) != str(self.policy):
-            self.notice(
-                "policy-changed",
-                f"the model is on {device_type}, not on {self.device_type}: policy {policy} instead of {self.policy} "
-                f"({reason})",
-            )
-        self.policy, self.device_type = policy, device_type
-
     def _stands_back(self, module: nn.Module) -> bool:
         """Whether ``module`` brings its own 16-bit parameters; looks at it once, and prepares it."""
         known = self._known_modules.get(module)
@@ -345,7 +336,7 @@ class Session:
 
     def _stepped_by_policy(
         self, original: Original, optimizer: Optimizer, args: Any, kwargs: Any
-    ) -> tuple[Any, bool, float | None]:
+    ) -> tuple[Any, bool, Tensor | None]:
         """Step as the policy wants; returns the step's result, whether it was applied, and the scale."""
         masters = self._masters.get(optimizer)
         if masters is not None:
@@ -388,13 +379,16 @@ class Session:
         """Whether a scaler is halfstep's own and not the script's."""
         return self._scaling.uses(scaler)
 
-    def ended(self, optimizer: Optimizer, applied: bool, scale: float | None, grad_norm: float | None) -> None:
+    def ended(
+        self, optimizer: Optimizer, grad_norm: OnDevice, scale: OnDevice, overflowed: bool | Sequence[Tensor]
+    ) -> None:
+        """A step was made or skipped; see `halfstep.launch.steps.StepObserver.ended`."""
         counts = self.stepped.setdefault(optimizer, [0, 0])
         counts[0] += 1
-        counts[1] += applied
         self._islands.require(self.policy.keep_fp32)
         with self.aside():
-            self.steps.ended(optimizer, applied, scale, grad_norm, self.device_type, self._masters.get(optimizer))
+            place, masters = self.devices.current, self._masters.get(optimizer)
+            counts[1] += self.steps.ended(optimizer, grad_norm, scale, overflowed, place, masters)
 
     def aside(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.watcher is None else self.watcher.aside()

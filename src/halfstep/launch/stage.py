@@ -255,7 +255,7 @@ class ProfileWatcher(StageWatcher):
                 self.optimizers(),
                 policy=policy,
                 scaler=scaler,
-                facts=hardware.detect(self.session.device_type),
+                facts=hardware.detect(self.session.devices.current or self.session.device_type),
             )
             for finding in found:
                 self.found(finding)

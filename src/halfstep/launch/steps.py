@@ -1,4 +1,8 @@
-"""What is seen of a script's steps: losses, norms, times, and the memory of one of them, written as they happen."""
+"""What is seen of a script's steps: losses, norms, times, and the memory of one of them, written as they happen.
+
+Loss, norm, scale and the answer whether the gradients overflowed stay on their device until the step is over, and are
+read in one wait there (`halfstep.launch.reading`), which the time of the step needs in any case.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from halfstep.launch.own import in_backward
-from halfstep.observe import PeakMemory, gradient_norm, resident_bytes
+from halfstep.launch.reading import OnDevice, read
+from halfstep.observe import PeakMemory, gradient_norm_there, resident_bytes
 from halfstep.optim import MasterWeights
 from halfstep.record import Memory, Notice, Step
 
@@ -47,28 +52,29 @@ class StepObserver:
         self._memory: PeakMemory | None = None
         self._compiled_before = compiled_frames()
 
-    def loss(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None], scale: float = 1.0) -> None:
+    def loss(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None], scale: Tensor | float = 1.0) -> None:
         """A backward starts from ``roots``; what it differentiates is their sum, weighted by given gradients.
 
         Args:
-            scale: by which the script has multiplied its loss itself.
+            scale: by which the script has multiplied its loss itself; one element.
         """
         for root, gradient in zip(roots, gradients, strict=True):
             value = root.detach() if gradient is None else root.detach() * gradient.detach()
             value = value.real if value.is_complex() else value
-            self._losses.append(value.float().sum() / scale)
+            here = scale.detach().to(value.device, non_blocking=True) if isinstance(scale, Tensor) else scale
+            self._losses.append(value.float().sum() / here)
 
     def clipped(self, parameters: Sequence[Tensor], norm: Any) -> None:
         """The script clipped these parameters' gradients, whose 2-norm was ``norm``."""
         self._clipped.append(({id(p) for p in parameters}, norm))
 
-    def norm(self, parameters: Sequence[Tensor], only_clipped: bool = False) -> float | None:
+    def norm(self, parameters: Sequence[Tensor], only_clipped: bool = False) -> OnDevice:
         """The gradients' 2-norm before clipping: as the script's clipping found it, else measured."""
         mine = {id(p) for p in parameters if p.grad is not None}
         for clipped, norm in reversed(self._clipped):
             if mine and mine <= clipped:
-                return float(norm)
-        return None if only_clipped else gradient_norm(parameters)
+                return norm if isinstance(norm, Tensor) and not hasattr(norm, "to_local") else float(norm)
+        return None if only_clipped else gradient_norm_there(parameters)
 
     def starts(self, parameters: Sequence[Tensor]) -> None:
         """A step starts: what are gradients now was anonymous when backward made it."""
@@ -78,33 +84,42 @@ class StepObserver:
     def ended(
         self,
         optimizer: Optimizer,
-        applied: bool,
-        scale: float | None,
-        grad_norm: float | None,
-        device_type: str,
+        grad_norm: OnDevice,
+        scale: OnDevice,
+        overflowed: bool | Sequence[Tensor],
+        device: torch.device | None,
         masters: MasterWeights | None = None,
-    ) -> None:
-        """A step was made or skipped: record it."""
+    ) -> bool:
+        """A step was made or skipped: record it, and say which.
+
+        Args:
+            scale: the loss scale of its gradients; None without loss scaling.
+            overflowed: whether its gradients did, so that it was skipped; or tensors of one element, any of them not 0.
+            device: the model's, as far as it is known; those of the optimizer's parameters are waited for too.
+        """
         index = self._index.setdefault(optimizer, len(self._index))
         number = self._number[index] = self._number.get(index, 0) + 1
         self.seen += 1
-        loss = float(torch.stack([x.cpu() for x in self._losses]).sum()) if self._losses else None
+        devices = {device, *(p.device for group in optimizer.param_groups for p in group["params"])}
+        on_cuda = [d for d in devices if d is not None and d.type == "cuda"]
+        flags = () if isinstance(overflowed, bool) else tuple(overflowed)
+        # Not only what is read: the time of a step whose kernels are still queued would be that of queueing them.
+        norm_read, scale_read, *rest = read((grad_norm, scale, *flags, *self._losses), on_cuda)
+        applied = not (overflowed is True or any(rest[: len(flags)]))
+        losses = rest[len(flags) :]
         self._losses.clear()
         self._clipped.clear()
-        on_cuda = device_type == "cuda"
-        if on_cuda:
-            torch.cuda.synchronize()  # else the time would be that of queueing kernels
         now = time.perf_counter()
         step = Step(
             step=number,
             optimizer=index,
-            loss=loss,
+            loss=float(torch.tensor(losses, dtype=torch.float32).sum()) if losses else None,
             seconds=now - self._last_end[index] if index in self._last_end else None,
             applied=applied,
-            scale=scale,
-            grad_norm=grad_norm,
+            scale=scale_read,
+            grad_norm=norm_read,
             rss_bytes=resident_bytes(),
-            device_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
+            device_bytes=sum(map(torch.cuda.max_memory_allocated, on_cuda)) if on_cuda else None,
             tracked=self._memory is not None,
         )
         self._write(step)
@@ -116,6 +131,7 @@ class StepObserver:
         ours = time.perf_counter() - now
         self._last_end = {key: at + ours for key, at in self._last_end.items()}
         self._last_end[index] = time.perf_counter()
+        return applied
 
     def close(self) -> None:
         """End a memory measurement that was started."""

@@ -13,7 +13,7 @@
     bad_steps    keeping what is needed to replay a bad step (step_start, batches, randomness)
 """
 
-from halfstep.observe.gradients import gradient_norm
+from halfstep.observe.gradients import gradient_norm, gradient_norm_there
 from halfstep.observe.memory import (
     ACTIVATIONS,
     OTHER,
@@ -27,6 +27,7 @@ __all__ = [
     "OTHER",
     "PeakMemory",
     "gradient_norm",
+    "gradient_norm_there",
     "peak_resident_bytes",
     "resident_bytes",
 ]
