@@ -54,7 +54,7 @@ steps = st.builds(
     Step, count, count, st.none() | number, st.none() | number, st.booleans(), st.none() | number, st.none() | number,
     count, st.none() | count, st.booleans(),
 )  # fmt: skip
-memories = st.builds(Memory, count, count, st.none() | text, st.dictionaries(text, count))
+memories = st.builds(Memory, count, count, st.none() | text, st.dictionaries(text, count), st.none() | text)
 notices = st.builds(Notice, text, text, st.none() | text)
 ends = st.builds(End, text, st.integers(-255, 255), number, count, st.none() | text)
 
@@ -176,6 +176,24 @@ def test_a_cut_at_any_byte_loses_at_most_the_last_line(tmp_path: Path) -> None:
         assert len(record.steps) == int(complete >= 2)
         assert (record.end is not None) == (complete == 3)
         assert record.truncated == (whole[length - 1 : length] != b"\n")
+
+
+def test_an_accelerators_memory_and_the_hosts_are_told_apart(tmp_path: Path) -> None:
+    on_host, on_gpu = (Memory(3, size, None, {}, device) for size, device in ((9, "cpu"), (5, "cuda")))
+    for number, lines in enumerate(([on_host, on_gpu], [on_gpu, on_host])):
+        found = read(write(tmp_path / f"{number}.jsonl", HEADER, *lines))
+        assert (found.memory, found.host_memory) == (on_gpu, on_host)
+    found = read(write(tmp_path / "cpu.jsonl", HEADER, on_host))
+    assert (found.memory, found.host_memory) == (on_host, None)
+
+
+def test_records_of_schema_1_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "old.jsonl", replace(HEADER, schema=1), STEP)
+    with path.open("a") as file:
+        file.write('{"kind": "memory", "step": 3, "peak_bytes": 7, "at_op": null, "by_category": {"a": 7}}\n')
+    found = read(path)
+    assert (found.header.schema, found.memory, found.host_memory) == (1, Memory(3, 7, None, {"a": 7}), None)
+    assert replace(HEADER).schema == 2
 
 
 @pytest.mark.parametrize(

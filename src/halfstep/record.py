@@ -20,7 +20,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+#: Since 2 the memory of an accelerator and the host's have lines of their own.
+SCHEMA_VERSION = 2
+READABLE_SCHEMAS = (1, 2)
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -61,12 +63,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of live tensors at the peak of one training step."""
+    """Bytes of live tensors at the peak of one training step, in the memory of one kind of device."""
 
     step: int
     peak_bytes: int
     at_op: str | None  #: the op whose output made the peak
     by_category: Mapping[str, int]  #: parameters, masters, gradients, optimizer state, buffers, activations
+    device: str | None = None  #: "cpu" for the host's memory, "cuda", …; None: of all together, in records of schema 1
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,11 @@ class RunRecord:
     path: Path
     header: Header
     steps: tuple[Step, ...] = ()
-    memory: Memory | None = None
+    memory: Memory | None = None  #: of the accelerator where tensors were on one, else the host's
     notices: tuple[Notice, ...] = ()
     end: End | None = None  #: None: the process was killed, or still runs
     truncated: bool = field(default=False)  #: the last line was cut and left out
+    host_memory: Memory | None = None  #: the host's, beside an accelerator's
 
     @property
     def losses(self) -> list[float]:
@@ -167,11 +171,14 @@ def read(path: str | os.PathLike[str]) -> RunRecord:
     header, *rest = lines
     if not isinstance(header, Header):
         raise RecordError(f"{path}:1: is not a run record: the first line is not a header")
+    # The accelerator's first, whatever the order of the lines.
+    measured = sorted((line for line in rest if isinstance(line, Memory)), key=lambda line: line.device == "cpu")
     return RunRecord(
         path=path,
         header=header,
         steps=tuple(line for line in rest if isinstance(line, Step)),
-        memory=next((line for line in rest if isinstance(line, Memory)), None),
+        memory=measured[0] if measured else None,
+        host_memory=next((line for line in measured[1:] if line.device == "cpu"), None),
         notices=tuple(line for line in rest if isinstance(line, Notice)),
         end=next((line for line in rest if isinstance(line, End)), None),
         truncated=bool(tail),
@@ -208,9 +215,10 @@ def _parse(path: Path, number: int, text: str) -> Line:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise RecordError(f"{where}: is not a line of a run record")
     cls = _KINDS[kind]
-    if cls is Header and values.get("schema") != SCHEMA_VERSION:
+    if cls is Header and values.get("schema") not in READABLE_SCHEMAS:
         raise RecordError(
-            f"{where}: record schema {values.get('schema')!r}, this halfstep reads {SCHEMA_VERSION}; "
+            f"{where}: record schema {values.get('schema')!r}, this halfstep reads "
+            f"{' and '.join(map(str, READABLE_SCHEMAS))}; "
             "use the halfstep that wrote it, or run again"
         )
     try:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfstep.compare import CompareError, Comparison, Run, RunResult, compare, to_json
-from halfstep.record import Notice, RunRecord
+from halfstep.record import Memory, Notice, RunRecord
 
 SPREAD = (0.0, 0.02, 0.04)  # of three seeds: a standard deviation of 0.02
 
@@ -63,6 +64,27 @@ def test_the_whole_conclusion() -> None:
     base = by_policy(comparison, "fp32")
     assert base.speed.verdict is None and base.quality[0].verdict is None
     assert base.memory_ratio == 1
+
+
+def test_runs_on_a_gpu_are_compared_by_its_memory() -> None:
+    host = Memory(3, 5000, "aten.stack", {"other tensors": 5000}, "cpu")
+
+    def on_gpu(policy: str, peak: int, allocated: int) -> RunRecord:
+        run = record(policy, 0, [1.0] * 20)
+        steps = tuple(replace(step, device_bytes=allocated + step.step) for step in run.steps)
+        return replace(run, steps=steps, memory=Memory(3, peak, "aten.mm", {}, "cuda"), host_memory=host)
+
+    result = by_policy(compare([on_gpu("fp32", 1000, 2000), on_gpu("bf16-mixed", 600, 1500)]), "bf16-mixed")
+    assert (result.peak_bytes, result.memory_ratio, result.memory_device) == (600, 0.6, "cuda")
+    assert (result.allocator_bytes, result.host_bytes) == (1520, 5000)
+
+
+@pytest.mark.parametrize(("device", "ratio"), [(None, 2.0), ("cpu", 2.0), ("cuda", None)])
+def test_memory_of_two_kinds_is_not_compared(device: str | None, ratio: float | None) -> None:
+    """Records of schema 1 do not say whose memory it was; most were made on a CPU."""
+    base = replace(record("fp32", 0, [1.0] * 20), memory=Memory(3, 100, None, {}))
+    other = replace(record("bf16-mixed", 0, [1.0] * 20), memory=Memory(3, 200, None, {}, device))
+    assert by_policy(compare([base, other]), "bf16-mixed").memory_ratio == ratio
 
 
 def test_memory_is_that_of_the_largest_run() -> None:

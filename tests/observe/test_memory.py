@@ -37,7 +37,9 @@ def measure(step: Callable[[], Any], names: Callable[[], dict[str, list[Tensor]]
     step()
     for category, tensors in names().items():
         tracker.name(category, tensors)
-    return tracker.finish(7)
+    (memory,) = tracker.finish(7)
+    assert memory.device == "cpu"
+    return memory
 
 
 def own(memory: Memory) -> dict[str, int]:
@@ -185,7 +187,7 @@ def test_an_error_in_the_step_leaves_no_mode_behind() -> None:
     kept = torch.ones(50)
     with pytest.raises(RuntimeError, match="shapes"):
         torch.ones(2, 3) @ torch.ones(2, 3)
-    memory = tracker.finish(1)
+    (memory,) = tracker.finish(1)
     assert _get_current_dispatch_mode_stack() == [] and PeakMemory.can_start()
     assert memory.by_category[ACTIVATIONS] >= kept.nbytes
     assert own(measure(lambda: torch.ones(3), dict)) == {ACTIVATIONS: 12}
@@ -262,6 +264,69 @@ def test_resident_memory_is_at_most_its_peak() -> None:
     assert peak_resident_bytes() >= grown - (1 << 20)
 
 
+def test_shapes_without_memory_have_no_bytes() -> None:
+    """Tensors on the meta device, of which models are made before they are loaded."""
+    assert own(measure(lambda: [torch.ones(10**6, device="meta"), torch.ones(3)], dict)) == {ACTIVATIONS: 12}
+
+
+class OnGpu(Tensor):
+    """Says that it is on a GPU; its storage has no bytes here, as an accelerator's has none on the host."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> OnGpu:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.size(), dtype=inner.dtype, device="cuda:0")  # type: ignore[no-any-return,attr-defined]
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inner = [x.inner if isinstance(x, OnGpu) else x for x in args]
+        return OnGpu(func(*inner, **(kwargs or {})))
+
+
+def test_a_gpus_memory_and_the_hosts_are_counted_apart() -> None:
+    data = torch.ones(5000)  # what a GPU does not hold must not be in its peak
+    x = OnGpu(torch.ones(1000))
+    size = x.untyped_storage().nbytes()
+    assert size == FLOAT * 1000
+    gc.collect()
+    tracker = PeakMemory()
+    tracker.start()
+    tracker.name("data", [data])
+    tracker.name("parameters", [x])
+    y = x + x
+    host = torch.ones(100)
+    del y
+    larger_on_host = torch.ones(200)
+    on_gpu, on_host = tracker.finish(3)
+    assert (on_gpu.device, on_host.device) == ("cuda", "cpu")
+    assert on_gpu.by_category == {"parameters": size, ACTIVATIONS: size}
+    assert on_gpu.at_op == "aten.add.Tensor" and on_gpu.peak_bytes == 2 * size
+    assert on_host.at_op == "aten.ones.default" and on_host.by_category["data"] == data.nbytes
+    assert own(on_host)[ACTIVATIONS] >= host.nbytes + larger_on_host.nbytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_peak_is_the_allocators_where_no_kernel_takes_a_workspace() -> None:
+    host = torch.ones(10**6)
+    x = torch.ones(256, 1024, device="cuda")
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    tracker = PeakMemory()
+    tracker.start()
+    tracker.name("inputs", [x])
+    y = x * 2
+    z = y + 1
+    del y, z
+    on_gpu, on_host = tracker.finish(1)
+    assert (on_gpu.device, on_host.device) == ("cuda", "cpu")
+    assert on_gpu.by_category[ACTIVATIONS] == 2 * x.nbytes == torch.cuda.max_memory_allocated() - before
+    assert on_host.peak_bytes >= host.nbytes
+
+
 class Silent(Tensor):
     """A tensor of somebody else's that answers nothing."""
 
@@ -275,5 +340,5 @@ def test_a_tensor_that_answers_nothing_does_not_keep_a_measurement_from_starting
     memory = PeakMemory()
     memory.start()
     kept = torch.ones(1000)
-    assert memory.finish(1).peak_bytes >= kept.nbytes
+    assert memory.finish(1)[0].peak_bytes >= kept.nbytes
     assert type(silent) is Silent

@@ -83,6 +83,18 @@ def single_run() -> Scene:
     return _scene(record("bf16-mixed", requested="auto"))
 
 
+def on_a_gpu() -> Scene:
+    """Tensors in two kinds of memory, and an allocator that counts its own."""
+    runs = []
+    for policy, more in (("fp32", 1.0), ("bf16-mixed", 0.6)):
+        run = record(policy)
+        assert run.memory is not None
+        steps = tuple(replace(step, device_bytes=int(more * (6 << 30) + step.step)) for step in run.steps)
+        host = Memory(3, 7 << 30, "aten::stack", {"other tensors": 7 << 30}, "cpu")
+        runs.append(replace(run, steps=steps, memory=replace(run.memory, device="cuda"), host_memory=host))
+    return _scene(*runs)
+
+
 def no_steps() -> Scene:
     return _scene(record("fp32", steps=0, memory=False), record("bf16-mixed", steps=0, memory=False))
 
@@ -156,6 +168,7 @@ def with_losses(run: RunRecord, loss: Callable[[Step], float | None]) -> RunReco
 ALL: list[Callable[[], Scene]] = [
     three_policies,
     single_run,
+    on_a_gpu,
     no_steps,
     one_step,
     one_seed,

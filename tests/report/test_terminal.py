@@ -63,6 +63,15 @@ def test_each_optimizer_has_its_line() -> None:
     assert sum(line.startswith("  optimizer 1") for line in lines) == 2
 
 
+def test_whose_memory_it_is_is_said_where_there_are_two() -> None:
+    text = words(printed(scenarios.on_a_gpu()))
+    assert (
+        "memory: tensors at the peak of a step, in the memory of cuda; the allocator's own peak in the run: "
+        "fp32 6.00 GiB, bf16-mixed 3.60 GiB; in the host's memory: fp32 7.00 GiB, bf16-mixed 7.00 GiB"
+    ) in text
+    assert "in the memory of" not in words(printed(scenarios.three_policies()))
+
+
 def test_markup_in_words_is_not_obeyed() -> None:
     scene = scenarios.hostile()
     text = "".join(printed(scene).split())

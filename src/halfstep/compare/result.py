@@ -59,12 +59,15 @@ class PolicyResult:
     errors: tuple[str, ...]  #: distinct error messages of crashed runs
     speed: Speed | None
     quality: tuple[Quality, ...]  #: one per optimizer, in the order they stepped
-    peak_bytes: int | None  #: live tensor bytes at the peak of a step (largest over seeds)
+    peak_bytes: int | None  #: live tensor bytes at the peak of a step (largest over seeds), on `memory_device`
     memory_ratio: float | None  #: peak_bytes / baseline's peak_bytes
     memory_by_category: Mapping[str, int]
     peak_op: str | None
     skipped_steps: int  #: summed over seeds
     notices: tuple[str, ...]  #: distinct
+    memory_device: str | None = None  #: "cpu" for the host's memory, "cuda", …; None: all together, of older records
+    allocator_bytes: int | None = None  #: the accelerator's own count at its peak in the run (largest over seeds)
+    host_bytes: int | None = None  #: live tensor bytes in the host's memory at their peak, beside an accelerator's
 
 
 @dataclass(frozen=True)

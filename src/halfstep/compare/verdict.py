@@ -17,7 +17,7 @@ from halfstep.compare.result import Comparison, Outcome, PolicyResult, Quality
 from halfstep.compare.schedule import RunResult
 from halfstep.compare.sentence import Subject, verdict
 from halfstep.compare.statistics import diverged, timed_seconds
-from halfstep.record import Notice, RunRecord, strict_json
+from halfstep.record import Memory, Notice, RunRecord, strict_json
 
 _COMPLETE = ("finished", "diverged")
 
@@ -147,6 +147,9 @@ def _result(
         peak_op=peak.memory.at_op if peak and peak.memory else None,
         skipped_steps=sum(not step.applied for record in records.values() for step in record.steps),
         notices=tuple(dict.fromkeys(_notice(notice) for record in records.values() for notice in record.notices)),
+        memory_device=peak.memory.device if peak and peak.memory else None,
+        allocator_bytes=_allocator_bytes(records),
+        host_bytes=peak.host_memory.peak_bytes if peak and peak.host_memory else None,
     )
 
 
@@ -201,12 +204,22 @@ def _peak(records: Mapping[int, RunRecord]) -> RunRecord | None:
     return records[max(measured)[1]] if measured else None
 
 
+def _memory_device(memory: Memory) -> str:
+    """Whose memory was measured; older records do not say it, and most were made on a CPU."""
+    return memory.device or "cpu"
+
+
+def _allocator_bytes(records: Mapping[int, RunRecord]) -> int | None:
+    return max((step.device_bytes for r in records.values() for step in r.steps if step.device_bytes), default=None)
+
+
 def _memory_ratio(peak: RunRecord | None, reference: RunRecord | None) -> float | None:
     if (
         peak is None
         or reference is None
         or peak.memory is None
         or not (reference.memory and reference.memory.peak_bytes)
+        or _memory_device(peak.memory) != _memory_device(reference.memory)
     ):
         return None
     return peak.memory.peak_bytes / reference.memory.peak_bytes

@@ -146,7 +146,8 @@ class StepObserver:
             return
         if self._memory is not None:
             measured, self._memory = self._memory.finish(step), None
-            self._write(measured)
+            for memory in measured:
+                self._write(memory)
         elif step == MEMORY_AFTER_STEP and compiled_frames() > self._compiled_before:
             self._write(
                 Notice(

@@ -1,9 +1,10 @@
 """Memory of real steps: live tensor bytes at the peak, and the memory of this process.
 
 `PeakMemory` counts the bytes of every live tensor storage through one training step and says what they were at the
-moment when most were alive. It sees storages that ops hand back; workspaces that a kernel allocates and frees inside
-itself (oneDNN, cuDNN) are invisible at this level, so convolutions use somewhat more than it reports. On an
-accelerator the allocator's own peak is recorded beside it.
+moment when most were alive: in each kind of memory by itself, the accelerator's and the host's, because a data set on
+the host fills no GPU. It sees storages that ops hand back; workspaces that a kernel allocates and frees inside itself
+(oneDNN, cuDNN) are invisible at this level, so convolutions use somewhat more than it reports. On an accelerator the
+allocator's own peak is recorded beside it.
 
 The idea is the allocation log of PyTorch's memory trackers, replayed: a storage that becomes a gradient is an
 anonymous result when it is made, so events are logged first and named when the step is over.
@@ -33,13 +34,14 @@ OTHER = "other tensors"
 
 
 class PeakMemory(TorchDispatchMode):
-    """Follow live tensor bytes from `start` to `finish`, on all devices together."""
+    """Follow live tensor bytes from `start` to `finish`, on all devices of a kind together."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch lacks annotations here
         self._storages = 0
         self._number: dict[int, int] = {}  # storage address -> number, while alive
         self._bytes: list[int] = []  # by storage number
+        self._device: list[str] = []  # the same; its kind
         self._events: list[tuple[int, str | None]] = []  # number + 1 when made, with its op; -(number + 1) when freed
         self._names: dict[int, str] = {}
         self._op: str | None = None
@@ -69,23 +71,32 @@ class PeakMemory(TorchDispatchMode):
             if number is not None and self._names.get(number, OTHER) == OTHER:
                 self._names[number] = category
 
-    def finish(self, step: int) -> Memory:
-        """Stop counting; the bytes by category at the moment when most were alive."""
+    def finish(self, step: int) -> list[Memory]:
+        """Stop counting; for each kind of device the bytes by category at the moment when most were alive there.
+
+        Accelerators first, then the host; the host alone where nothing was anywhere else.
+        """
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call,unused-ignore]
+        events, self._events = self._events, []
+        kinds = sorted({"cpu", *self._device}, key=lambda kind: (kind == "cpu", kind))
+        return [self._peak(step, kind, events) for kind in kinds]
+
+    def _peak(self, step: int, kind: str, events: list[tuple[int, str | None]]) -> Memory:
         now: dict[str, int] = {}
         total = peak = 0
         at_peak: dict[str, int] = {}
         at_op: str | None = None
-        events, self._events = self._events, []
         for signed, op in events:
             number = abs(signed) - 1
+            if self._device[number] != kind:
+                continue
             size = self._bytes[number] if signed > 0 else -self._bytes[number]
             category = self._names.get(number, ACTIVATIONS)
             now[category] = now.get(category, 0) + size
             total += size
             if total > peak:
                 peak, at_peak, at_op = total, dict(now), op
-        return Memory(step, peak, at_op, {name: size for name, size in at_peak.items() if size})
+        return Memory(step, peak, at_op, {name: size for name, size in at_peak.items() if size}, kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -101,7 +112,8 @@ class PeakMemory(TorchDispatchMode):
             size = storage.nbytes()
         except RuntimeError:  # sparse and other tensors without a storage
             return None
-        if not isinstance(size, int) or isinstance(tensor, FakeTensor):  # of a compiler at work: no bytes behind it
+        # Fake tensors are those of a compiler at work, meta tensors are shapes: there are no bytes behind them.
+        if not isinstance(size, int) or isinstance(tensor, FakeTensor) or storage.device.type == "meta":
             return None
         key = storage._cdata
         number = self._number.get(key)
@@ -109,6 +121,7 @@ class PeakMemory(TorchDispatchMode):
             number = self._number[key] = self._storages
             self._storages += 1
             self._bytes.append(size)
+            self._device.append(storage.device.type)
             self._events.append((number + 1, self._op))
             weakref.finalize(storage, self._free, key, number).atexit = False
         return number

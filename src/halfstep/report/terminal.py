@@ -43,6 +43,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     remarks = [(f"{policy} failed", error, "red") for policy, error in wording.errors(comparison)]
     remarks += [("warning", warning, "yellow") for warning in comparison.warnings]
     remarks += [(", ".join(policies), notice, "cyan") for notice, policies in wording.notices(comparison)]
+    remarks += [("memory", memories, "cyan")] if (memories := wording.memories(comparison)) else []
     for result in comparison.policies:
         remarks += [(f"{result.policy}, {what}", why, "cyan") for what, why in wording.unsaid(result, comparison)]
     for who, what, style in remarks:

@@ -17,6 +17,7 @@ __all__ = [  # count and number are the comparison's own
     "count",
     "difference",
     "errors",
+    "memories",
     "milliseconds",
     "notices",
     "number",
@@ -119,6 +120,21 @@ def notices(comparison: Comparison) -> list[tuple[str, tuple[str, ...]]]:
 def errors(comparison: Comparison) -> list[tuple[str, str]]:
     """(policy, message) for every distinct error."""
     return [(result.policy, error) for result in comparison.policies for error in result.errors]
+
+
+def memories(comparison: Comparison) -> str | None:
+    """Whose memory the table has, and what the accelerator's allocator and the host held; None on a CPU alone."""
+    on = sorted({result.memory_device for result in comparison.policies if result.memory_device})
+    parts = []
+    if on and on != ["cpu"]:
+        parts.append(f"tensors at the peak of a step, in the memory of {' and '.join(on)}")
+    for what, field in (
+        ("the allocator's own peak in the run", "allocator_bytes"),
+        ("in the host's memory", "host_bytes"),
+    ):
+        sizes = [f"{r.policy} {size(count)}" for r in comparison.policies if (count := getattr(r, field)) is not None]
+        parts += [f"{what}: {', '.join(sizes)}"] if sizes else []
+    return "; ".join(parts) or None
 
 
 def unsaid(result: PolicyResult, comparison: Comparison) -> list[tuple[str, str]]:

@@ -56,6 +56,8 @@ def memory(comparison: Comparison) -> Chart:
     says = (
         "Bytes of live tensors at the fullest moment of a training step, largest over seeds, and the operation there."
     )
+    if memories := wording.memories(comparison):
+        says += f" {memories[0].upper()}{memories[1:]}."
     if missing:
         says += f" Not measured: {', '.join(missing)}."
     return Chart(title, says, drawing, legend)
