@@ -41,6 +41,7 @@ from halfstep.optim.rules import Rule
 from halfstep.optim.surveying import gradient_coefficient, survey_of
 from halfstep.optim.update import Backend, Job, Survey
 from halfstep.split import SplitTensor
+from halfstep.transfer import moved
 
 
 class MasterOptimizer(Optimizer):
@@ -339,4 +340,4 @@ def _new_scale(parameter: Tensor) -> Tensor:
 
 
 def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.detach().reshape(()).to(device, torch.float32, non_blocking=True)
+    return None if value is None else moved(value.detach().reshape(()), device, torch.float32)

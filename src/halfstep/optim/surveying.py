@@ -17,6 +17,7 @@ from halfstep.optim.backends import BackendName
 from halfstep.optim.clipping import clip_coefficient
 from halfstep.optim.layout import flat, is_dense, is_sharded, local
 from halfstep.optim.update import Survey
+from halfstep.transfer import moved
 
 
 @torch.no_grad()
@@ -38,18 +39,24 @@ def survey_of(gradients: Sequence[Tensor], backend: BackendName = "auto") -> Sur
     if not gradients:
         return Survey(torch.zeros((), dtype=torch.float64), torch.zeros(()), torch.zeros(0))
     device = local(gradients[0]).device
-    amax = torch.zeros(len(gradients), device=device)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for indices in _alike(gradients).values():
+    of_each: list[Tensor | None] = [None] * len(gradients)
+    sets = _alike(gradients)
+    for indices in sets.values():
         parts = [local(gradients[i]) for i in indices]
         one = backends.choose(backend, parts[0].device)[0].survey(
             [flat(part if is_dense(part) else part.contiguous()) for part in parts]
         )
-        squares, largest = one.sum_of_squares.to(device), one.amax.to(device)
         if is_sharded(gradients[indices[0]]):
-            squares, largest = _agree(gradients[indices[0]], squares, largest)
-        total = total + squares
-        amax[indices] = largest
+            squares, largest = _agree(gradients[indices[0]], one.sum_of_squares, one.amax)
+            one = Survey(squares, (~largest.isfinite()).any().float(), largest)
+        if len(sets) == 1:
+            return one
+        total = total + moved(one.sum_of_squares, device)
+        # Views. Places in a tensor, given by a list of numbers, would be a copy from the host that it waits for.
+        for index, largest in zip(indices, moved(one.amax, device).unbind(), strict=True):
+            of_each[index] = largest
+    amax = torch.stack([largest for largest in of_each if largest is not None])
     return Survey(total, (~amax.isfinite()).any().float(), amax)
 
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from halfstep.scale.surveyed import Surveying
 from halfstep.scale.watch import Watch
+from halfstep.transfer import moved
 
 #: "auto": all ranks, wherever there are several and their gradients may differ; None: each rank for itself.
 Group: TypeAlias = "dist.ProcessGroup | Literal['auto'] | None"
@@ -158,9 +159,9 @@ def agree_(flags: dict[torch.device, Tensor], found_inf: Tensor, group: Any) -> 
     device = found_inf.device  # the loss's: the backend serves it, which is not sure of an offloaded gradient's
     largest = found_inf.clone()
     for flag in flags.values():
-        largest = torch.maximum(largest, flag.to(device, non_blocking=True))
+        largest = torch.maximum(largest, moved(flag, device))
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    return {d: largest.to(d, non_blocking=True) for d in flags} or {device: largest}
+    return {d: moved(largest, d) for d in flags} or {device: largest}
 
 
 def smallest_of_ranks(scale: float, device: torch.device, group: Group) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from halfstep.transfer import moved
+
 
 class KeptStatistics:
     """Running statistics of a model's normalisation layers, put back when a step is skipped."""
@@ -39,7 +41,7 @@ class KeptStatistics:
         for buffer, value in self._kept.items():
             if where is not None:
                 if buffer.device not in conditions:
-                    conditions[buffer.device] = where.to(buffer.device, non_blocking=True) > 0
+                    conditions[buffer.device] = moved(where, buffer.device) > 0
                 value = torch.where(conditions[buffer.device], value, buffer)
             buffer.copy_(value)
         self.forget()

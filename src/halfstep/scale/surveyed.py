@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from halfstep.transfer import moved
+
 
 class Findings(Protocol):
     """What an optimizer found in its gradients as they are, scaled; on their device, of all shards."""
@@ -70,6 +72,6 @@ def flags_of(found: Findings, inverse: Tensor, *, look_again: bool) -> dict[torc
         return {}
     found_inf = found.found_inf
     if look_again:
-        quotients = found.amax * inverse.to(found.amax.device, non_blocking=True)
+        quotients = found.amax * moved(inverse, found.amax.device)
         found_inf = torch.maximum(found_inf, (~quotients.isfinite()).any().float())
     return {found_inf.device: found_inf}

@@ -22,6 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from halfstep.transfer import moved
+
 DEFAULT_SCALE = 2.0**16
 
 #: Below this a scale's reciprocal is inf, or the scale itself is flushed to zero on a GPU.
@@ -152,7 +154,7 @@ def take_(scale: Tensor, new_scale: float | Tensor, rule: Rule) -> None:
     if isinstance(new_scale, Tensor):
         if new_scale.numel() != 1:
             raise AssertionError(f"new_scale must be a number or a 1-element tensor, not {tuple(new_scale.shape)}")
-        value = new_scale.detach().reshape(()).to(scale.device, torch.float32, non_blocking=True)
+        value = moved(new_scale.detach().reshape(()), scale.device, torch.float32)
         scale.copy_(torch.where(value.isfinite(), value, scale))
     elif math.isfinite(new_scale):
         scale.fill_(float(new_scale))
