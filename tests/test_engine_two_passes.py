@@ -57,6 +57,14 @@ def torch_adamw(parameters: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=0.02)
 
 
+def torch_sgd(parameters: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(parameters, lr=0.02)
+
+
+def fused_adamw(parameters: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=0.02, fused=True)
+
+
 def engine(policy: str, make: Callable[..., Any], scaler: GradScaler | None = None) -> MixedPrecision:
     model = make_model()
     return MixedPrecision(model, make(model.parameters()), policy, scaler=scaler)
@@ -242,10 +250,16 @@ def test_the_host_waits_once() -> None:
         # A skip takes one more for the loss, one for its data, to find the cause.
         ours = reads(native, policy, 1.0)
         assert ours[:2] == [*ours[3:], 1] == [1, 1]
-        assert all(a < b for a, b in zip(ours, reads(torch_adamw, policy, 1.0), strict=True))
+        # PyTorch's own, that has to ask before it steps and one that is told on the device: no more.
+        for limit in (None, 1.0):
+            assert reads(torch_sgd, policy, limit) == ours
+            assert reads(fused_adamw, policy, limit) == ours
     for policy in ("bf16-master", "bf16-mixed"):
         assert reads(native, policy, None) == [0] * 4
         assert reads(native, policy, 1.0) == [1] * 4
+    for make in (torch_sgd, fused_adamw):
+        assert reads(make, "bf16-mixed", None) == [0] * 4
+        assert reads(make, "bf16-mixed", 1.0) == [1] * 4
 
 
 def _native() -> bool:

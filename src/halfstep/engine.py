@@ -65,6 +65,8 @@ from halfstep.optim.release import GradientRelease
 from halfstep.optim.surveying import gradient_coefficient
 from halfstep.policy import Policy, resolve
 from halfstep.scale import GradScaler
+from halfstep.scale.fused import asks_first
+from halfstep.transfer import moved
 
 
 class LargestGradients(Mapping[str, float]):
@@ -235,7 +237,7 @@ class MixedPrecision:
         inverse, found_inf = torch.ones((), device=device), None
         if scaler.is_enabled():
             unscaling = scaler.take_survey(optimizer, survey)
-            inverse, found_inf = unscaling.inverse.to(device, non_blocking=True), unscaling.found_inf
+            inverse, found_inf = moved(unscaling.inverse, device), unscaling.found_inf
         coefficient, norm = inverse, []
         if max_grad_norm is not None:
             coefficient = gradient_coefficient(survey, max_grad_norm, inverse)
@@ -267,19 +269,24 @@ class MixedPrecision:
 
     def _many_passes(self, max_grad_norm: float | None) -> StepResult:
         """Step an optimizer that knows nothing of scales: its gradients are unscaled and clipped in memory before."""
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
-        grad_norm = None
-        masters = self.masters
+        scaler, optimizer, masters = self.scaler, self.optimizer, self.masters
+        norm: list[Tensor] = []
+        read: tuple[bool, float | None, list[float]] | None = None
         with masters.exchanged() if masters is not None else contextlib.nullcontext():
-            self.scaler.unscale_(self.optimizer)
+            scaler.unscale_(optimizer)
             if max_grad_norm is not None:
-                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-                grad_norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-            self.scaler.step(self.optimizer)
-        applied = self.scaler.step_was_applied
-        if applied and masters is not None:
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                norm = [nn.utils.clip_grad_norm_(parameters, max_grad_norm)]
+            if scaler.is_enabled() and asks_first(optimizer):
+                read = scaler.read(optimizer, *norm)  # where the host has to wait anyway, it waits for all of it
+            scaler.step(optimizer)
+        if masters is not None and not scaler.is_enabled():
             masters.cast_back()
-        return StepResult(applied, scale, grad_norm)
+        # The norm is read behind the step, not before it: the device would have nothing to do meanwhile.
+        applied, scale, grad_norm = read or scaler.read(optimizer, *norm)
+        if masters is not None and scaler.is_enabled() and applied:
+            masters.cast_back()
+        return StepResult(applied, scale, grad_norm[0] if grad_norm else None)
 
     def explain(self, *batch: Any, **kwargs: Any) -> Explanation:
         """Which op runs in which format, how often and in which module, in a forward pass of ``model(*batch)``.

@@ -21,6 +21,11 @@ def divides_itself(optimizer: Optimizer) -> bool:
     )
 
 
+def asks_first(optimizer: Optimizer) -> bool:
+    """Whether a scaler's ``step`` has to know, and to wait for, the answer before it calls this optimizer's."""
+    return not divides_itself(optimizer) or is_listened_to(optimizer)
+
+
 def is_listened_to(optimizer: Optimizer) -> bool:
     """Whether somebody replaced this optimizer's ``step`` to hear whether it is called, as Accelerate does.
 

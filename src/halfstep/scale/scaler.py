@@ -83,9 +83,8 @@ class GradScaler(torch.amp.GradScaler):
         self._growth_factor, self._backoff_factor = growth_factor, backoff_factor  # PyTorch: not where disabled
         self._growth_interval = growth_interval
         self._limits = Rule(growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis, dynamic)
-        self._max_skipped = max_skipped
+        self._max_skipped, self._on_skip = max_skipped, on_skip
         self._process_group: Group = process_group
-        self._on_skip = on_skip
         self._to_be_measured = init_scale == "auto"
         self._init_overflows = 0
         self._overflows: Tensor | None = None
@@ -110,10 +109,12 @@ class GradScaler(torch.amp.GradScaler):
         return verdict is None or not self._learn(verdict)
 
     def read(self, optimizer: Optimizer, *numbers: Tensor) -> tuple[bool, float | None, list[float]]:
-        """`was_applied`, the scale (None where disabled), and numbers of one element, in one wait for the device."""
-        scale = [self._scale] if self.is_enabled() and self._scale is not None else []
-        values = read_together([*scale, *numbers], self._verdicts.get(optimizer))  # which knows its answer then
-        return self.was_applied(optimizer), values.pop(0) if scale else None, values
+        """`was_applied`, the scale (None where disabled), numbers of one element: in one wait. Before `step`: of it."""
+        if not self.is_enabled() or self._scale is None:
+            return True, None, read_together(numbers, None)
+        verdict = self._verdicts.present(optimizer, self._per_optimizer_states, self._scale.device)
+        scale, *values = read_together([self._scale, *numbers], verdict)  # which knows its answer then
+        return self.was_applied(optimizer), scale, values
 
     @property
     def skipped_steps(self) -> int:
@@ -236,7 +237,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self.is_enabled():
             return super().step(optimizer, *args, **kwargs)
         state = self._per_optimizer_states[id(optimizer)]
-        self._verdicts.forget(optimizer)
+        self._verdicts.forget(optimizer, state)
         if state["stage"] is OptState.READY and (surveyor := surveying(optimizer)) is not None:
             _, inverse, found_inf = self.take_survey(optimizer, surveyor.survey())
             with surveyor.scaled(inverse, found_inf):
@@ -251,9 +252,8 @@ class GradScaler(torch.amp.GradScaler):
                 state["stage"] = OptState.STEPPED
                 return None
         result = super().step(optimizer, *args, **kwargs)
-        verdict = self._verdict(optimizer)
-        if verdict.is_known:
-            self._learn(verdict)
+        if self._verdict(optimizer).is_known:
+            self._learn(self._verdict(optimizer))
         return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:

@@ -18,6 +18,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from halfstep.scale.diagnosis import Cause
+from halfstep.transfer import moved
 
 #: Unread answers are read at this number even if nobody asks.
 MOST_UNREAD = 1000
@@ -69,9 +70,9 @@ def read_together(numbers: Sequence[Tensor], verdict: Verdict | None) -> list[fl
         asked.append(verdict.found_inf)
     if not asked:
         return []
-    values: list[float] = torch.stack(
-        [n.detach().reshape(()).to(asked[0].device, torch.float64) for n in asked]
-    ).tolist()
+    # Put together where the others would have to be waited for, if they came from there.
+    device = next((n.device for n in asked if n.device.type != "cpu"), asked[0].device)
+    values: list[float] = torch.stack([moved(n.detach().reshape(()), device, torch.float64) for n in asked]).tolist()
     if len(asked) > len(numbers) and verdict is not None:
         verdict.know(bool(values.pop()))
     return values
@@ -82,26 +83,34 @@ class Verdicts:
 
     def __init__(self) -> None:
         self.last: Verdict | None = None
-        self._of: weakref.WeakKeyDictionary[Optimizer, Verdict] = weakref.WeakKeyDictionary()
+        #: With PyTorch's state of the step that it is of, which is made anew for each.
+        self._of: weakref.WeakKeyDictionary[Optimizer, tuple[Verdict, dict[str, Any]]] = weakref.WeakKeyDictionary()
 
-    def forget(self, optimizer: Optimizer) -> None:
-        """A new step of this optimizer begins."""
-        self._of.pop(optimizer, None)
+    def forget(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """A step of this optimizer begins: a verdict on another is of the past."""
+        if optimizer in self._of and self._of[optimizer][1] is not state:
+            del self._of[optimizer]
 
     def get(self, optimizer: Optimizer) -> Verdict | None:
-        return self._of.get(optimizer)
+        return self._of[optimizer][0] if optimizer in self._of else None
+
+    def present(self, optimizer: Optimizer, states: dict[int, dict[str, Any]], device: torch.device) -> Verdict | None:
+        """The verdict on a step that can be made now, its gradients being unscaled; else on the last one."""
+        state = states.get(id(optimizer), {})
+        ready = state.get("stage") is OptState.UNSCALED
+        return self.of(optimizer, state, device) if ready else self.get(optimizer)
 
     def of(self, optimizer: Optimizer, state: dict[str, Any], device: torch.device) -> Verdict:
         """The verdict on the step under way, from PyTorch's per-optimizer state."""
-        verdict = self._of.get(optimizer)
-        if verdict is None:
-            verdict = Verdict(total(state["found_inf_per_device"].values(), device))
-            self._of[optimizer] = self.last = verdict
-        return verdict
+        self.forget(optimizer, state)
+        if optimizer not in self._of:
+            self.last = Verdict(total(state["found_inf_per_device"].values(), device))
+            self._of[optimizer] = (self.last, state)
+        return self._of[optimizer][0]
 
     def together(self, states: dict[int, dict[str, Any]], device: torch.device) -> Verdict | None:
         """The verdict on an iteration; None if nothing was checked in it."""
-        known = {id(optimizer): verdict for optimizer, verdict in self._of.items()}
+        known = {id(optimizer): verdict for optimizer, (verdict, _) in self._of.items()}
         if len(states) == 1:
             ((only, state),) = states.items()
             if only in known and state["stage"] is OptState.STEPPED and state["found_inf_per_device"]:
@@ -121,12 +130,12 @@ class Verdicts:
 
 def total(flags: Iterable[Tensor], device: torch.device) -> Tensor:
     """One flag for several, on ``device``: above 0 if any of them is. Free of waiting."""
-    moved = [flag.to(device, non_blocking=True) for flag in flags]
-    if len(moved) == 1:
-        return moved[0] if moved[0].dim() == 0 else moved[0].reshape(())
-    if not moved:
+    there = [moved(flag, device) for flag in flags]
+    if len(there) == 1:
+        return there[0] if there[0].dim() == 0 else there[0].reshape(())
+    if not there:
         return torch.zeros((), dtype=torch.float32, device=device)
-    return torch.stack([flag.reshape(()) for flag in moved]).sum()
+    return torch.stack([flag.reshape(()) for flag in there]).sum()
 
 
 class SkipCount:
