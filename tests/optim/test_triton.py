@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from halfstep.optim import masters, moments
+from halfstep.optim.arrivals import Tally
 from halfstep.optim.backends import cuda, eager
 from halfstep.optim.rules import SGD, Adam, Lion, Rule
 from halfstep.optim.update import Job
@@ -394,6 +395,54 @@ def test_survey(dtype: torch.dtype, spoiled: float | None, device: str) -> None:
     assert same_bytes(cuda.survey(gradients).sum_of_squares, ours.sum_of_squares)
 
 
+@gpu
+@pytest.mark.parametrize("scale", [None, 2.0**-11, 2.0**3])
+@pytest.mark.parametrize("limit", [None, 0.1, 30.0, math.inf])
+def test_gradients_that_arrive_one_by_one(limit: float | None, scale: float | None, device: str) -> None:
+    """The bits of torch's operations on what the same backend finds in each gradient."""
+    generator = torch.Generator().manual_seed(5)
+    inverse = None if scale is None else torch.tensor(scale, device=device)
+    one = torch.ones((), device=device) if inverse is None else inverse
+    ours, twin = Tally(torch.device(device)), Tally(torch.device(device))
+    before = None
+    for index, size in enumerate((9_000, 1, 0, 77, 3_000)):
+        gradient = torch.randn(size, generator=generator).to(device, (FP32, BF16, FP16)[index % 3])
+        if index == 3:
+            gradient[70] = math.inf
+            before = torch.tensor(60.0, device=device)
+        if index == 4:
+            gradient[7] = 6e4
+            gradient = gradient.float() * 2.0**110  # overflows when divided by a scale of 1 / 8
+        arrival = cuda.arrive(gradient, ours, inverse, before, limit)
+        survey = cuda.survey([gradient])
+        found = twin.add(survey, one)
+        for name, value in arrival.survey._asdict().items():
+            assert same_bytes(value, getattr(survey, name)), name
+        assert arrival.found_inf.item() == found.item() == float(index == 3 or (index == 4 and scale == 8))
+        assert same_bytes(ours.sum_of_squares, twin.sum_of_squares)
+        assert same_bytes(ours.found_inf, twin.found_inf)
+        assert (arrival.coefficient is None) == (limit is None)
+        if limit is not None and arrival.coefficient is not None:
+            assert same_bytes(arrival.coefficient, twin._limited(limit, one, before))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_masters_follow_their_parameters(dtype: torch.dtype, device: str) -> None:
+    """All 2^16 halves beside numbers at and about the middles to their neighbours; one that begins anywhere; none."""
+    parameter = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    middle = ((parameter.double() + (parameter.view(torch.int16) + 1).view(dtype).double()) / 2).float()
+    near = [(middle.view(torch.int32) + distance).view(FP32) for distance in (-1, 0, 1)]
+    parameters = [parameter.to(device)] * 3 + [parameter[7:1000].to(device), parameter[:0].to(device)]
+    masters_ = [m.to(device) for m in (*near, -parameter[7:1000].float(), torch.zeros(0))]
+    expected = [torch.where(p == m.to(dtype), m, p.float()) for p, m in zip(parameters, masters_, strict=True)]
+    cuda.follow(list(zip(parameters, masters_, strict=True)))
+    for found, wanted in zip(masters_, expected, strict=True):
+        nan = wanted.isnan()
+        assert torch.equal(found.isnan(), nan)
+        assert torch.equal(found[~nan].view(torch.int32), wanted[~nan].view(torch.int32))
+
+
 def test_survey_of_nothing() -> None:
     survey = cuda.survey([])
     assert (survey.sum_of_squares.item(), survey.found_inf.item(), survey.amax.numel()) == (0, 0, 0)
@@ -432,10 +481,12 @@ def test_nothing_waits_for_the_device(device: str) -> None:
     found_inf, coefficient = torch.zeros((), device=device), torch.ones((), device=device)
     batches = [with_gradients(ours, BF16, seed) for seed in range(3)]
     cuda.update(batches[0], rule, stochastic=True, coefficient=coefficient, found_inf=found_inf)  # compiles
+    tally = Tally(torch.device(device))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
             cuda.survey([job.gradient for job in batch])
+            cuda.arrive(batch[0].gradient, tally, coefficient, coefficient, 1.0)
             cuda.update(batch, rule, stochastic=True, coefficient=coefficient, found_inf=found_inf)
     finally:
         torch.cuda.set_sync_debug_mode("default")

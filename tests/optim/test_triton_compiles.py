@@ -25,7 +25,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARGUMENTS = {
     "table": "*i64", "chunks": "*i32", "numbers": "*fp32", "found_inf": "*fp32", "coefficient": "*fp32",
     "lr_tensor": "*fp32", "count": "i32", "first_chunk": "i32", "spans": "*i32", "sums": "*fp64", "maxima": "*i32",
-    "total": "*fp64", "amax": "*fp32",
+    "total": "*fp64", "amax": "*fp32", "flag": "*fp32", "running": "*fp64", "any_found": "*fp32", "found": "*fp32",
+    "inverse": "*fp32", "before": "*fp32", "limit": "i64",
 }  # fmt: skip
 WHOLE = {"GROUPS": cuda.GROUPS, "TILES": cuda.TILES}
 PLAIN = {**WHOLE, "MAXIMIZE": False, "STOCHASTIC": False, "RAGGED": False, "ALIGNED": True}
@@ -55,6 +56,10 @@ COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
     "prepare-on-device": ("prepare", {"ADAM": False, "BLOCK": 128}),
     "survey-chunk": ("survey_chunk", {**WHOLE, "GRAD": BF16, "ALIGNED": True}),
     "survey-gradient": ("survey_gradient", {"BLOCK": 1024}),
+    "arrive": ("arrive", {"LIMITED": True, "BLOCK": 1024}),
+    "arrive-unlimited": ("arrive", {"LIMITED": False, "BLOCK": 1024, "inverse": None, "before": None}),
+    "follow-bf16": ("follow", {**WHOLE, "WEIGHT": BF16, "ALIGNED": True}),
+    "follow-fp16": ("follow", {**WHOLE, "WEIGHT": FP16, "ALIGNED": True}),
 }  # fmt: skip
 
 
@@ -84,5 +89,9 @@ def test_kernels_compile_for_a_device_that_is_not_here(
         elements = 1024 // 128
         fused = 2 + constants["COUPLED"]
         assert len(re.findall(r"\bfma\.rn\.f32\b", ptx)) == fused * elements, "contracted"
+    if name == "arrive":
+        assert "fma.rn.f64" not in re.sub(r"(?s)// begin inline.*?// end inline", "", ptx), "contracted"
+    if name == "arrive" and constants["LIMITED"]:
+        assert str(0x3EB0C6F7A0B5ED8D) in ptx or "0d3EB0C6F7A0B5ED8D" in ptx, "1e-6 as a float32"
     if constants.get("ALIGNED"):
         assert "ld.global.v" in ptx, "loads of single elements"

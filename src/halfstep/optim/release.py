@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import sys
 import warnings
 import weakref
@@ -38,8 +37,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from halfstep.optim.arrivals import Place, Tally, place_of
+from halfstep.optim.layout import local
 from halfstep.optim.surveying import survey_of
 from halfstep.optim.update import Survey
+from halfstep.transfer import moved
 
 if TYPE_CHECKING:
     from halfstep.optim.base import MasterOptimizer
@@ -142,9 +143,9 @@ class GradientRelease:
         self._was_surveyed = True
         device = surveys[0].amax.device
         return Survey(
-            torch.stack([survey.sum_of_squares.to(device) for survey in surveys]).sum(),
-            torch.stack([survey.found_inf.to(device) for survey in surveys]).amax(),
-            torch.cat([survey.amax.to(device) for survey in surveys]),
+            torch.stack([moved(survey.sum_of_squares, device) for survey in surveys]).sum(),
+            torch.stack([moved(survey.found_inf, device) for survey in surveys]).amax(),
+            torch.cat([moved(survey.amax, device) for survey in surveys]),
         )
 
     def hook(self) -> None:
@@ -230,26 +231,26 @@ class GradientRelease:
         coefficient, found_inf = inverse_scale, None
         scaled = self._scales()
         if scaled or self.max_grad_norm is not None:
-            survey = survey_of([gradient], optimizer.backend)
-            self._surveys.append(survey)
-            device = survey.amax.device
-            tally = self._tallies.setdefault(place_of(device), Tally(device))
-            inverse = torch.ones((), device=device) if inverse_scale is None else inverse_scale.to(device)
-            found = tally.add(survey, inverse)
-            found_inf = found if scaled else None
-            if self.max_grad_norm is not None:
-                coefficient = self._limited(tally.sum_of_squares, inverse)
+            arrival = self._tally(local(gradient).device).take(
+                gradient,
+                optimizer.backend,
+                inverse_scale=inverse_scale,
+                norm_before=self._grad_norm,
+                limit=self.max_grad_norm,
+            )
+            self._surveys.append(arrival.survey)
+            found_inf = arrival.found_inf if scaled else None
+            if arrival.coefficient is not None:
+                coefficient = arrival.coefficient
         optimizer.advance(group, [(parameter, gradient)], coefficient, found_inf)
         parameter.grad = None
         self._stepped.add(parameter)
 
-    def _limited(self, sum_of_squares: Tensor, inverse_scale: Tensor) -> Tensor:
-        """What a gradient is multiplied by: the inverse scale, and what clipping takes."""
-        norm = sum_of_squares.sqrt()
-        if self._grad_norm is not None:
-            norm = torch.maximum(norm, self._grad_norm.to(norm.device, norm.dtype))
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        return ((limit / (norm + 1e-6)).clamp(max=1.0) * inverse_scale).float()
+    def _tally(self, device: torch.device) -> Tally:
+        place = place_of(device)
+        if place not in self._tallies:
+            self._tallies[place] = Tally(device)
+        return self._tallies[place]
 
     def _measure(self) -> None:
         """The norm of this step, unless a gradient held inf or NaN: then the one before it goes on."""
@@ -257,10 +258,10 @@ class GradientRelease:
             return
         tallies = list(self._tallies.values())
         device = tallies[0].found_inf.device
-        squares = torch.stack([tally.sum_of_squares.to(device) for tally in tallies]).sum()
-        found = torch.stack([tally.found_inf.to(device) for tally in tallies]).sum()
+        squares = torch.stack([moved(tally.sum_of_squares, device) for tally in tallies]).sum()
+        found = torch.stack([moved(tally.found_inf, device) for tally in tallies]).sum()
         norm = squares.sqrt().float()
-        before = torch.zeros_like(norm) if self._grad_norm is None else self._grad_norm.to(device)
+        before = torch.zeros_like(norm) if self._grad_norm is None else moved(self._grad_norm, device)
         self._grad_norm = torch.where(found > 0, before, norm)
 
     def _scales(self) -> bool:

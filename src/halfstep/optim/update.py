@@ -27,11 +27,14 @@ An update, in the words of the oracle (`halfstep.optim.backends.eager`)::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from halfstep.optim.rules import Rule
+
+if TYPE_CHECKING:
+    from halfstep.optim.arrivals import Tally
 
 
 class Job(NamedTuple):
@@ -59,6 +62,14 @@ class Survey(NamedTuple):
     amax: Tensor  #: float32 (number of gradients,): each one's largest magnitude; inf or NaN where it holds one
 
 
+class Arrival(NamedTuple):
+    """What is known of a gradient when it has been looked at and added; tensors on its device."""
+
+    survey: Survey  #: of this gradient, as it is
+    found_inf: Tensor  #: float32 0-d: 1 if it holds inf or NaN, or would when divided by a scale below 1; else 0
+    coefficient: Tensor | None  #: float32 0-d: the inverse scale, and what clipping takes; None without a limit
+
+
 class Backend(Protocol):
     """A way of computing updates. All of them keep the meaning of `halfstep.optim.backends.eager`."""
 
@@ -83,3 +94,18 @@ class Backend(Protocol):
 
     def survey(self, gradients: Sequence[Tensor]) -> Survey:
         """Look at flat gradients of one device, once."""
+
+
+@runtime_checkable
+class Arriving(Protocol):
+    """A backend that looks at a gradient and adds it to what arrived before, in fewer launches than torch's own."""
+
+    def arrive(
+        self,
+        gradient: Tensor,
+        tally: Tally,
+        inverse_scale: Tensor | None,
+        norm_before: Tensor | None,
+        limit: float | None,
+    ) -> Arrival:
+        """`halfstep.optim.arrivals.Tally.take` of a flat gradient, on the tally's device with all numbers."""

@@ -17,10 +17,11 @@ import contextlib
 import functools
 import importlib.util
 import math
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,10 @@ from torch import Tensor
 from halfstep.optim import dither
 from halfstep.optim.moments import GROUP
 from halfstep.optim.rules import SGD, Adam, Rule
-from halfstep.optim.update import Job, Survey
+from halfstep.optim.update import Arrival, Job, Survey
+
+if TYPE_CHECKING:
+    from halfstep.optim.arrivals import Tally
 
 name = "triton"
 
@@ -99,7 +103,10 @@ class _Table:
 
 
 _tables: OrderedDict[tuple[Any, ...], _Table] = OrderedDict()
-_captured: list[object] = []
+#: What replays of captured graphs read, by id, for as long as the process lives; nothing tells when a graph is gone.
+#: It is memory on the host that a capture copies from (128 bytes a parameter), and tables and plans that were on the
+#: device before. Not what a capture puts there: that lies in the graph's own memory, and each replay writes it again.
+_captured: dict[int, object] = {}
 
 
 def missing(device_type: str) -> str:
@@ -136,24 +143,70 @@ def update(
 def survey(gradients: Sequence[Tensor]) -> Survey:
     """Look at gradients, once: `halfstep.optim.update.Backend.survey`. Sums are put together in one order always."""
     device = gradients[0].device if gradients else torch.device("cpu")
-    sums = torch.zeros(len(gradients), dtype=torch.float64, device=device)
-    amax = torch.zeros(len(gradients), device=device)
+    sums = torch.empty(len(gradients), dtype=torch.float64, device=device)
+    amax = torch.empty(len(gradients), device=device)
     if gradients:
         with _on(device):
-            kernels = _kernels()
-            table = _table_of(tuple(map(_place_of_gradient, gradients)), device)
-            partial = torch.empty(table.plan.chunks, dtype=torch.float64, device=device)
-            largest = torch.empty(table.plan.chunks, dtype=torch.int32, device=device)
-            for launch in table.plan.launches:
-                kernels.survey_chunk[(len(launch.chunks),)](
-                    table.on_device, launch.chunks, launch.first, partial, largest,
-                    GRAD=_dtype(launch.format.dtypes[1]), ALIGNED=launch.format.aligned,
-                    GROUPS=GROUPS, TILES=TILES, **_OPTIONS,
-                )  # fmt: skip
-            kernels.survey_gradient[(len(gradients),)](
-                table.plan.spans, partial, largest, sums, amax, BLOCK=_COMBINED, **_OPTIONS
+            plan, partial, largest = _chunks_surveyed(gradients, device)
+            _kernels().survey_gradient[(len(gradients),)](
+                plan.spans, partial, largest, sums, amax, BLOCK=_COMBINED, **_OPTIONS
             )
     return Survey(sums.sum(), (~amax.isfinite()).any().float(), amax)
+
+
+def arrive(
+    gradient: Tensor, tally: Tally, inverse_scale: Tensor | None, norm_before: Tensor | None, limit: float | None
+) -> Arrival:
+    """Look at a gradient, and add it to others: `halfstep.optim.update.Arriving.arrive`. Two launches."""
+    device = gradient.device
+    total = torch.empty((), dtype=torch.float64, device=device)
+    survey = Survey(total, torch.empty((), device=device), torch.empty(1, device=device))
+    with _on(device):
+        plan, partial, largest = _chunks_surveyed([gradient], device)
+        _kernels().arrive[(1,)](
+            plan.spans, partial, largest, *survey, tally.sum_of_squares, tally.found_inf, tally.found,
+            tally.coefficient, inverse_scale, norm_before, _bits(1.0 if limit is None else limit),
+            LIMITED=limit is not None, BLOCK=_COMBINED, **_OPTIONS,
+        )  # fmt: skip
+    return Arrival(survey, tally.found, None if limit is None else tally.coefficient)
+
+
+def follow(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Set each element of a master that does not round to its parameter's to what the parameter is, in place.
+
+    Args:
+        pairs: a bfloat16 or float16 parameter and its float32 master, of one device; their elements lie in one order,
+            without gaps.
+    """
+    if not pairs:
+        return
+    device = pairs[0][0].device
+    with _on(device):
+        table = _table_of(tuple([_place_of_pair(*pair) for pair in pairs]), device)
+        for launch in table.plan.launches:
+            _kernels().follow[(len(launch.chunks),)](
+                table.on_device, launch.chunks, WEIGHT=_dtype(launch.format.dtypes[0]),
+                ALIGNED=launch.format.aligned, GROUPS=GROUPS, TILES=TILES, **_OPTIONS,
+            )  # fmt: skip
+
+
+def _chunks_surveyed(gradients: Sequence[Tensor], device: torch.device) -> tuple[_Plan, Tensor, Tensor]:
+    """Sums of squares (float64) and bits of the largest magnitudes (int32) of all chunks, and the plan of these."""
+    table = _table_of(tuple(map(_place_of_gradient, gradients)), device)
+    partial = torch.empty(table.plan.chunks, dtype=torch.float64, device=device)
+    largest = torch.empty(table.plan.chunks, dtype=torch.int32, device=device)
+    for launch in table.plan.launches:
+        _kernels().survey_chunk[(len(launch.chunks),)](
+            table.on_device, launch.chunks, launch.first, partial, largest,
+            GRAD=_dtype(launch.format.dtypes[1]), ALIGNED=launch.format.aligned,
+            GROUPS=GROUPS, TILES=TILES, **_OPTIONS,
+        )  # fmt: skip
+    return table.plan, partial, largest
+
+
+def _bits(number: float) -> int:
+    """Of a positive float64: an int64."""
+    return int.from_bytes(struct.pack("<d", number), "little")
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -246,23 +299,42 @@ def _place_of_gradient(gradient: Tensor) -> _Place:
     return _Place(0, gradient.data_ptr(), 0, (), (), 0, numel, numel, 0, 0, 0, (None, gradient.dtype, None))
 
 
+def _place_of_pair(parameter: Tensor, master: Tensor) -> _Place:
+    numel, dtypes = parameter.numel(), (parameter.dtype, None, torch.float32)
+    return _Place(parameter.data_ptr(), 0, master.data_ptr(), (), (), 0, numel, numel, 0, 0, 0, dtypes)
+
+
 def _table_of(places: tuple[_Place, ...], device: torch.device) -> _Table:
     """The table of these places: the last one for this list, or a new one on its way to the device."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    key = (device, len(places), places[0].parameter, places[0].numel)
+    first = places[0]
+    owner = first.parameter or (first.gradient if len(places) == 1 else 0)  # gradients that arrive one by one
+    # By stream: what another one sent may not have come yet, and is freed for that one, whatever this one still reads.
+    key = (_stream(device), device, len(places), owner, first.numel, first.dtypes)
     table = _tables.get(key)
+    if table is None and capturing:
+        # In a stream of its own, mostly. What others sent is there: torch waits for the device before. And it is kept.
+        table = next((other for known, other in _tables.items() if known[1:] == key[1:]), None)
     if table is None or table.places != places:
         shapes = tuple([(_format(place), place.numel, place.row) for place in places])
-        plan = table.plan if table is not None and table.plan.shapes == shapes else _plan(shapes, device)
+        plan = table.plan if table is not None and table.plan.shapes == shapes else None
+        if capturing and plan is not None:
+            _captured[id(plan)] = plan
         rows = torch.tensor([_row(place) for place in places], dtype=torch.int64)
-        table = _Table(places, _send(rows, device), plan)
+        table = _Table(places, _send(rows, device), _plan(shapes, device) if plan is None else plan)
         if not capturing:  # a captured copy runs at the replay only
             _tables[key] = table
             if len(_tables) > TABLES:
                 _tables.popitem(last=False)
-    if capturing:
-        _captured.append(table)
+    elif capturing:
+        _captured[id(table)] = table
+    else:
+        _tables.move_to_end(key)
     return table
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def _format(place: _Place) -> _Format:
@@ -311,5 +383,5 @@ def _send(host: Tensor, device: torch.device) -> Tensor:
         return host.to(device)
     pinned = host.pin_memory()
     if torch.cuda.is_current_stream_capturing():
-        _captured.append(pinned)
+        _captured[id(pinned)] = pinned
     return pinned.to(device, non_blocking=True)

@@ -43,7 +43,7 @@ GROUP = tl.constexpr(64)
 _GOLDEN = tl.constexpr(dither.GOLDEN)
 _FIRST = tl.constexpr(dither.FIRST)
 _SECOND = tl.constexpr(dither.SECOND)
-_INF = tl.constexpr(0x7F800000)
+INF = tl.constexpr(0x7F800000)
 _QUIET_NAN = tl.constexpr(0x7FC00000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _SIGN = tl.constexpr(-0x80000000)
@@ -139,7 +139,7 @@ def _canonical(x):
 
 @triton.jit
 def _finite(x):
-    return (bits_of(x) & MAGNITUDE) < _INF
+    return (bits_of(x) & MAGNITUDE) < INF
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def wide(x):
 
 
 @triton.jit
-def _narrow(x, dtype: tl.constexpr):
+def narrow(x, dtype: tl.constexpr):
     """x in the parameter's dtype, to nearest, half to even; in bf16 by integers, which nobody can simplify away."""
     if dtype == tl.bfloat16:
         bits = _canonical(x)
@@ -186,7 +186,7 @@ def read_master(parameters, kept, offsets, inside, MASTER: tl.constexpr):
     if MASTER is not None:
         beside = tl.load(kept + offsets, inside, other=0)
         if MASTER == tl.float32:
-            x = tl.where(wide(_narrow(beside, dtype)) == x, beside, x)
+            x = tl.where(wide(narrow(beside, dtype)) == x, beside, x)
         elif MASTER == dtype:
             half_spacing: tl.constexpr = 0.00390625 if dtype == tl.bfloat16 else 0.00048828125
             error = wide(beside)
@@ -217,12 +217,12 @@ def write_master(x, noise, parameters, kept, offsets, inside, MASTER: tl.constex
     elif STOCHASTIC and MASTER is None and dtype == tl.float16:
         parameter = _stochastic_fp16(x, noise).to(tl.float16)
     else:
-        parameter = _narrow(x, dtype)
+        parameter = narrow(x, dtype)
         if MASTER == tl.float32:
             tl.store(kept + offsets, x, inside)
         elif MASTER is not None:
             lost = x - wide(parameter)
-            tl.store(kept + offsets, _narrow(tl.where(_finite(lost), lost, 0.0), dtype), inside)
+            tl.store(kept + offsets, narrow(tl.where(_finite(lost), lost, 0.0), dtype), inside)
     tl.store(parameters + offsets, parameter, inside)
 
 
@@ -303,7 +303,7 @@ def write_state(x, table, job, stream, count, codes, scales, offsets, inside, gr
         moved = bits + (noise_for(table, job, stream, count, offsets) >> 16).to(tl.int32)
         tl.store(codes + offsets, _upper(tl.where(_finite(x), moved, bits)), inside)
     else:
-        tl.store(codes + offsets, _narrow(x, dtype), inside)
+        tl.store(codes + offsets, narrow(x, dtype), inside)
 
 
 @triton.jit

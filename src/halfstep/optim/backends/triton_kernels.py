@@ -23,6 +23,7 @@ from halfstep.optim.backends.triton_formats import (
     COLUMNS,
     GRADIENT,
     GROUP,
+    INF,
     KEPT,
     MAGNITUDE,
     PARAMETER,
@@ -31,6 +32,7 @@ from halfstep.optim.backends.triton_formats import (
     STEP,
     bits_of,
     layout,
+    narrow,
     noise_for,
     pointer,
     read_master,
@@ -48,6 +50,8 @@ RATE = tl.constexpr(0)  #: learning rate, in Adam over the first bias correction
 ROOT = tl.constexpr(1)  #: Adam's square root of the second bias correction
 DECAY = tl.constexpr(2)  #: what decoupled weight decay multiplies by
 COUNT = tl.constexpr(3)  #: the number of this step
+
+_SMALL = tl.constexpr(0x3EB0C6F7A0B5ED8D)  # the bits of 1e-6 in float64
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -273,3 +277,74 @@ def survey_gradient(spans, sums, maxima, total, amax, BLOCK: tl.constexpr):
         largest = tl.maximum(largest, tl.load(maxima + start + index, index < count, other=0))
     tl.store(total + job, tl.sum(part, axis=0))
     tl.store(amax + job, value_of(tl.max(largest, axis=0)))
+
+
+@triton.jit
+def _double_of(bits):
+    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["limit"])
+def arrive(
+    spans, sums, maxima, total, flag, amax, running, any_found, found, coefficient, inverse, before, limit,
+    LIMITED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`survey_gradient` of one gradient, and `halfstep.optim.arrivals.Tally.add` of that, in one program.
+
+    total, flag and amax are the survey's; running (float64) and any_found are the tally's, and are added to; found and
+    coefficient are for the update that follows. limit: the bits of a float64, for Triton takes a number as a float32.
+    """
+    start = tl.load(spans)
+    count = tl.load(spans + 1)
+    part = tl.zeros((BLOCK,), tl.float64)
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, count, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        part += tl.load(sums + start + index, index < count, other=0.0)
+        largest = tl.maximum(largest, tl.load(maxima + start + index, index < count, other=0))
+    squares = tl.sum(part, axis=0)
+    bits = tl.max(largest, axis=0)
+    tl.store(total, squares)
+    tl.store(flag, tl.where(bits < INF, 0.0, 1.0))
+    tl.store(amax, value_of(bits))
+    quotient = value_of(bits)
+    if inverse is not None:
+        factor = tl.load(inverse)
+        quotient = quotient * factor
+        double = factor.to(tl.float64)
+        squares = squares * (double * double)
+    finite = (bits_of(quotient) & MAGNITUDE) < INF
+    squares = tl.load(running) + tl.where(finite, squares, 0.0)
+    overflowed = tl.where(finite, 0.0, 1.0)
+    tl.store(running, squares)
+    tl.store(any_found, tl.maximum(tl.load(any_found), overflowed))
+    tl.store(found, overflowed)
+    if LIMITED:
+        norm = tl.sqrt(squares)
+        if before is not None:
+            norm = tl.maximum(norm, tl.load(before).to(tl.float64))
+        # As torch divides a number by a tensor.
+        share = (1.0 / (norm + _double_of(_SMALL))) * _double_of(limit)
+        share = tl.minimum(share, 1.0)
+        if inverse is not None:
+            share = share * tl.load(inverse).to(tl.float64)
+        tl.store(coefficient, share.to(tl.float32))
+
+
+# Masters beside parameters --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def follow(
+    table, chunks,
+    WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Set each element of a float32 master that does not round to its parameter's to what the parameter is."""
+    job, first, numel, row, per_row, groups, tiles = _chunk(table, chunks, None, GROUPS, TILES, False, ALIGNED)
+    parameters = pointer(table, job, PARAMETER, WEIGHT, ALIGNED)
+    masters = pointer(table, job, KEPT, tl.float32, ALIGNED)
+    for tile in range(tiles):
+        _, at, _, inside = tile_of(first + tile * GROUPS, numel, row, per_row, groups, GROUPS, False)
+        x = wide(tl.load(parameters + at, inside, other=0.0))
+        rounded = wide(narrow(tl.load(masters + at, inside, other=0.0), WEIGHT))
+        tl.store(masters + at, x, inside & (rounded != x))
