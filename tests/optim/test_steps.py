@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 import halfstep
 from halfstep import optim
+from halfstep.optim import surveying
+from halfstep.optim.update import Survey
 
 Make = Callable[..., Any]
 FORMATS = [*LOW, torch.float32]
@@ -353,3 +356,21 @@ def test_compiling_a_step_changes_no_bit(master: str, rounding: str | None, back
         assert whole_step(torch.ones(())) == 3
     assert all_same(everything(optimizers[0]), everything(optimizers[1]))
     assert all_same(everything(optimizers[0]), everything(optimizers[2]))
+
+
+def test_a_survey_of_several_sets_is_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with parameters on several devices: magnitudes stand in the order of the gradients, whatever was looked at."""
+    gradients = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (3, 1, 50, 7, 9)]
+    gradients[1][0] = math.inf
+    whole = surveying.survey_of(gradients)
+    monkeypatch.setattr(surveying, "_alike", lambda _: {"first": [1, 4], "second": [0], "third": [2, 3]})
+    several = surveying.survey_of(gradients)
+    assert torch.equal(several.amax, whole.amax)
+    assert several.found_inf.item() == whole.found_inf.item() == 1
+    gradients[1][0] = 2.0
+    torch.testing.assert_close(surveying.survey_of(gradients), survey_of_one(gradients), rtol=1e-15, atol=0)
+
+
+def survey_of_one(gradients: list[Tensor]) -> Survey:
+    doubles = torch.cat(gradients).double()
+    return Survey(doubles.square().sum(), torch.zeros(()), torch.stack([g.abs().amax() for g in gradients]))

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from halfstep.optim import foreach
+from halfstep.transfer import moved
+
 
 def total_norm(parameters: Iterable[Tensor], norm_type: float) -> Tensor:
     """The norm of all gradients together, accumulated in FP32 from whatever format they are in; 0-d.
@@ -21,7 +24,7 @@ def total_norm(parameters: Iterable[Tensor], norm_type: float) -> Tensor:
     gradients = [dense_values(p.grad) for p in parameters if p.grad is not None and p.grad.numel()]
     if not gradients:
         return torch.tensor(0.0)
-    norms = [torch.linalg.vector_norm(g, norm_type, dtype=torch.float32) for g in gradients]
+    norms = foreach.norms(gradients, norm_type)
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     together = torch.stack([norm.to(norms[0].device) for norm in norms])
     total: Tensor = torch.linalg.vector_norm(together, norm_type)
@@ -45,10 +48,10 @@ def multiply_(gradients: Iterable[Tensor], factors: Sequence[Tensor]) -> None:
         return
     there: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
-        if gradient.device not in there:
-            there[gradient.device] = [factor.to(gradient.device, non_blocking=True) for factor in factors]
-        for factor in there[gradient.device]:
-            gradient.mul_(factor)
+        there.setdefault(gradient.device, []).append(gradient)
+    for device, together in there.items():
+        for factor in factors:
+            foreach.multiply_(together, moved(factor, device))
 
 
 def dense_values(gradient: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from halfstep.split import SplitTensor
 
+#: Types whose elements are where they say.
+PLAIN: tuple[type, ...] = (Tensor, nn.Parameter)
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded (DTensor) tensor, sharing memory; any other tensor as it is."""
@@ -42,10 +45,10 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the elements lie in the host's memory, without gaps, and nowhere else: no subclass decides otherwise."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return plain and tensor.device.type == "cpu" and is_dense(tensor)
+def is_plain(tensor: Tensor, device_type: str = "cpu") -> bool:
+    """Whether the elements lie in such memory, without gaps, and nowhere else: no subclass decides otherwise."""
+    plain = type(tensor) in PLAIN and tensor.layout is torch.strided
+    return plain and tensor.device.type == device_type and is_dense(tensor)
 
 
 def flat(tensor: Tensor) -> Tensor:

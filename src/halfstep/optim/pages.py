@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from halfstep.optim import foreach
 from halfstep.optim.layout import is_plain
 
 #: Bytes of a huge page on x86-64, and on arm64 with pages of 4 KiB.
@@ -54,7 +55,7 @@ class Room:
         if self._mapped is None or self._mapped.size != size or self._mapped.is_in_use():
             self._mapped = _map(size) if size >= HUGE else None
         if self._mapped is None:
-            return [tensor.detach().to(torch.float32, copy=True) for tensor in tensors]
+            return foreach.float32_of(tensors)
         rest = self._mapped.tensor(torch.float32)
         copies = []
         for tensor in tensors:

@@ -6,6 +6,7 @@ are, and the ranks that hold the other parts agree on the sums.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def survey_of(gradients: Sequence[Tensor], backend: BackendName = "auto") -> Sur
     if not gradients:
         return Survey(torch.zeros((), dtype=torch.float64), torch.zeros(()), torch.zeros(0))
     device = local(gradients[0]).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    squares: list[Tensor] = []
     of_each: list[Tensor | None] = [None] * len(gradients)
     sets = _alike(gradients)
     for indices in sets.values():
@@ -48,16 +49,16 @@ def survey_of(gradients: Sequence[Tensor], backend: BackendName = "auto") -> Sur
             [flat(part if is_dense(part) else part.contiguous()) for part in parts]
         )
         if is_sharded(gradients[indices[0]]):
-            squares, largest = _agree(gradients[indices[0]], one.sum_of_squares, one.amax)
-            one = Survey(squares, (~largest.isfinite()).any().float(), largest)
+            total, largest = _agree(gradients[indices[0]], one.sum_of_squares, one.amax)
+            one = Survey(total, (~largest.isfinite()).any().float(), largest)
         if len(sets) == 1:
             return one
-        total = total + moved(one.sum_of_squares, device)
+        squares.append(moved(one.sum_of_squares, device))
         # Views. Places in a tensor, given by a list of numbers, would be a copy from the host that it waits for.
         for index, largest in zip(indices, moved(one.amax, device).unbind(), strict=True):
             of_each[index] = largest
     amax = torch.stack([largest for largest in of_each if largest is not None])
-    return Survey(total, (~amax.isfinite()).any().float(), amax)
+    return Survey(functools.reduce(torch.add, squares), (~amax.isfinite()).any().float(), amax)
 
 
 def gradient_coefficient(survey: Survey, max_norm: float, inverse_scale: Tensor | float) -> Tensor:

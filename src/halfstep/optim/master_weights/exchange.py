@@ -7,15 +7,15 @@ parameters, and masters wait in `Exchange.masters`.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from halfstep.autocast import LOW_PRECISION
-from halfstep.optim import pages
+from halfstep.optim import backends, foreach, pages
 from halfstep.optim.backends import native
 from halfstep.optim.clipping import multiply_
 from halfstep.optim.layout import is_plain, local
@@ -92,9 +92,8 @@ class Exchange:
     @torch.no_grad()
     def cast_back(self) -> None:
         """Write every master, rounded to nearest, into its parameter."""
-        for parameter in self.parameters():
-            if parameter in self.masters:
-                parameter.copy_(self.masters[parameter])
+        present = [parameter for parameter in self.parameters() if parameter in self.masters]
+        foreach.copy_(present, [self.masters[parameter] for parameter in present])
 
     def _own(self) -> list[list[Tensor]]:
         present = [list(group["params"]) for group in self.optimizer.param_groups]
@@ -126,22 +125,32 @@ class Exchange:
 
 
 def _follow(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Set masters anew where they do not round to their parameters: plain tensors, in pairs."""
-    fast = [pair for pair in pairs if _is_for_native(*pair)]
-    slow = [pair for pair in pairs if not _is_for_native(*pair)]
-    if fast:
-        native.follow(fast)
-    if not slow:
-        return
-    # One answer from the device for all of them; asking one by one would wait for it each time.
-    differ = [(parameter != master.to(parameter.dtype)).any() for parameter, master in slow]
-    answers: list[bool] = torch.stack([d.to(differ[0].device) for d in differ]).tolist()
-    for parameter, master in itertools.compress(slow, answers):
+    """Set masters anew where they do not round to their parameters: plain tensors, in pairs.
+
+    Without asking the device whether any is to be: the host would wait for it, between a backward pass and its step.
+    """
+    kernels: dict[tuple[Any, torch.device], list[tuple[Tensor, Tensor]]] = {}
+    for parameter, master in pairs:
+        if (kernel := _kernel_for(parameter, master)) is not None:
+            kernels.setdefault((kernel, parameter.device), []).append((parameter, master))
+            continue
         same = parameter == master.to(parameter.dtype)
-        master.copy_(torch.where(same, master, parameter.float()))
+        if parameter.device.type != "cpu" or not bool(same.all()):
+            master.copy_(torch.where(same, master, parameter.float()))
+    for (kernel, _), chosen in kernels.items():
+        kernel(chosen)
 
 
-def _is_for_native(parameter: Tensor, master: Tensor) -> bool:
-    """Whether the compiled kernels can compare these: in the host's memory, element beside element."""
-    plain = is_plain(parameter) and is_plain(master)
-    return plain and parameter.stride() == master.stride() and not native.missing()
+def _kernel_for(parameter: Tensor, master: Tensor) -> Callable[[Sequence[tuple[Tensor, Tensor]]], None] | None:
+    """The compiled kernel that can compare these, element beside element; None if there is none."""
+    device = parameter.device.type
+    alike = parameter.device == master.device and parameter.stride() == master.stride()
+    if not (alike and is_plain(parameter, device) and is_plain(master, device)):
+        return None
+    if device == "cpu":
+        return None if native.missing() else native.follow
+    if device != "cuda" or backends.lacking(device):
+        return None
+    from halfstep.optim.backends import cuda
+
+    return cuda.follow
