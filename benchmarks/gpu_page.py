@@ -55,7 +55,7 @@ def _card(document: Document) -> str:
         _tests(measured.get("numerics", {})),
         _training("A GPT of 124 million parameters", measured.get("training", {})),
         _training("The same under `torch.compile`", measured.get("training_compiled", {})),
-        _training("A GPT of 0.9 billion parameters", measured.get("training_large", {})),
+        _training("A GPT of a billion parameters", measured.get("training_large", {})),
         _optimizers(measured.get("optimizers", {})),
         _seven_billion(measured.get("seven_billion", {})),
         _gemm(measured.get("gemm", {})),
