@@ -329,12 +329,14 @@ def _probed(backward: Any, known: dict[str, Any]) -> Tensor:
     query, key, value = known["query"], known["key"], known["value"]
     batch, heads, queries, width = query.shape
     keys, columns = key.size(2), value.size(3)
+    log_sum = known["logsumexp"].detach().clone()
+    (log_sum[..., :queries] if log_sum.dim() == 3 else log_sum).zero_()  # but for the inf that pads it
     zeros = {
         "query": torch.zeros_like(query),
         "key": key.new_zeros((batch, heads, keys, width)),
         "value": value.new_zeros((batch, heads, keys, columns)),
         "out": torch.zeros_like(known["out"]),
-        "logsumexp": torch.zeros_like(known["logsumexp"]),
+        "logsumexp": log_sum,
         "attn_bias": None,
         "grad_input_mask": [True, True, True, False],
     }

@@ -140,7 +140,7 @@ def measure(values: Iterable[Value]) -> None:
 
 def read(*scalars: Tensor) -> list[float]:
     """The numbers in tensors without dimensions, of any real dtypes, waiting once for each device that they are on."""
-    if len(scalars) < 2:
+    if len(scalars) < 2 or any(type(scalar) is not Tensor for scalar in scalars):  # DTensor has no `tolist`
         return [float(scalar) for scalar in scalars]
     found = [math.nan] * len(scalars)
     groups: dict[tuple[torch.device, bool], list[int]] = {}

@@ -34,8 +34,8 @@ def examine(
         findings = halfstep.doctor.examine(lambda: train_step(batch), policy="fp16-mixed:emulate")
 
     Every op runs a second time in FP32 beside the first, which is what the findings compare with: expect 5 to 100 times
-    the time of ``fn``. What ``fn`` changes (parameters, optimizer state) is changed, as in any call of it. Models under
-    ``torch.compile`` run eagerly meanwhile, so it is the eager numerics that are seen.
+    the time of ``fn`` on a CPU (on a GPU this is not measured). What ``fn`` changes (parameters, optimizer state) is
+    changed, as in any call of it. Models under ``torch.compile`` run eagerly meanwhile: eager numerics are seen.
 
     Args:
         fn: a training step, a module call, an optimizer step, any snippet. If it raises, the exception passes on; use
