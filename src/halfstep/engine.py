@@ -145,7 +145,7 @@ class MixedPrecision:
         if first is None:
             raise ValueError(f"{type(model).__name__} has no parameters: nothing to train")
         self.device_type = first.device.type
-        self.policy, self.reason = resolve(str(policy), hardware.detect(self.device_type))
+        self.policy, self.reason = resolve(str(policy), hardware.detect(first.device))
         self.model = model
         self.optimizer = optimizer
         _require_format(model, self.policy)
