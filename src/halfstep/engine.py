@@ -21,15 +21,17 @@ What `MixedPrecision.step` does, in this order::
     move the loss scale; zero the gradients
 
 That is how any torch optimizer is stepped; unscaling and clipping read and write all gradients, once each, and masters
-are 4 bytes of their own. Those of `halfstep.optim` hold the masters themselves, and do all of it in two passes::
+are 4 bytes of their own. The host waits once: to know whether to step, or, of one that is told on the device, after it.
+Those of `halfstep.optim` hold the masters themselves, and do all of it in two passes::
 
     read all gradients: norm, largest magnitudes, inf and NaN           only where it clips or scales
     read each parameter's gradient, times 1 / scale and what clipping takes; step its master; write it back
 
 Two numbers on the device tell the second pass what to multiply by and whether to change anything, so the host waits
-once, at the end, to say in `StepResult` what happened. The numbers are those of the same optimizer of ``torch.optim``,
-bit for bit. Where gradients are clipped they differ by a rounding: a gradient is multiplied by the product of 1 / scale
-and the clip coefficient, and not by one after the other, and the norm is summed in float64.
+once, at the end, to say in `StepResult` what happened; without scaling and clipping it never does. The numbers are
+those of the same optimizer of ``torch.optim``, bit for bit. Where gradients are clipped they differ by a rounding: a
+gradient is multiplied by the product of 1 / scale and the clip coefficient, and not by one after the other, and the
+norm is summed in float64.
 
 Accumulate by calling ``backward(loss / n)`` n times before ``step``. The optimizer stays the user's: schedulers and
 checkpoints go on using it, and its state dict; `MixedPrecision.state_dict` holds it with masters and loss scale.

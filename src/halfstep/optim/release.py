@@ -19,7 +19,7 @@ clipping          by the larger of two norms: that of the previous step, and tha
                   (which bounds the first step, and any single gradient that explodes): ``max_grad_norm``
 ================= ====================================================================================================
 
-Nothing here makes the host wait for the device.
+Nothing here makes the host wait for the device (`tests/test_device_waits.py`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ already is its own master; a frozen one needs none.
 
 Masters follow the model: where a parameter was changed from outside since the last step (a checkpoint was loaded, an
 EMA swapped in, weights clamped), its master is set anew; where it was not, the master keeps its low bits. The values
-are compared before each step, because version counters miss writes through ``parameter.data``.
+are compared before each step, because version counters miss writes through ``parameter.data``; the host waits for none
+of it.
 
 A master costs 4 bytes per parameter, and its gradient 4 more during the step.
 
