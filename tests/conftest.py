@@ -19,4 +19,6 @@ os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" /
 @pytest.fixture(autouse=True)
 def _switches_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own test files, from which some tests take lists, forbid it for the process as they are imported."""
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+    # The module stands behind an object of its own, which passes on what is read and not what is set.
+    module = torch.backends.flags_frozen.__globals__
+    monkeypatch.setitem(module, "__allow_nonbracketed_mutation_flag", True)
