@@ -18,6 +18,9 @@ import halfstep
 from halfstep.doctor import Examination, Severity, examine
 from halfstep.doctor.detectors import DETECTORS
 from halfstep.doctor.event import OpEvent, Suspicion
+from halfstep.doctor.execution import Execution
+from halfstep.doctor.shadow import Shadows
+from halfstep.observe.place import Place
 
 
 class Recorder:
@@ -436,3 +439,16 @@ def test_one_wait_an_op() -> None:
         step()
     assert examination.findings() == []
     assert len(waits.seen) - len(alone.seen) < 1.25 * alone.ops
+
+
+@pytest.mark.parametrize("name", ["empty_like", "new_empty", "new_empty_strided"])
+def test_memory_that_nobody_has_written_is_compared_with_nothing(name: str) -> None:
+    low = torch.randn(4, 4).bfloat16()
+    shapes = {"empty_like": (), "new_empty": ([4, 4],), "new_empty_strided": ([4, 4], [4, 1])}
+    execution = Execution(Shadows(), lambda what, error: pytest.fail(f"{what}: {error}"))
+    op = getattr(torch.ops.aten, name).default
+    made, event = execution.run(op, (low, *shapes[name]), {}, Place(name, "forward"), 0)
+    assert [value.shadow for value in event.outputs] == [None]
+    _, event = execution.run(torch.ops.aten.copy_.default, (made, low), {}, Place("copy_", "forward"), 0)
+    (written,) = event.outputs
+    assert written.shadow is None or torch.equal(written.shadow, low.float())

@@ -25,6 +25,9 @@ from halfstep.observe.place import Place
 #: Ops that make floating numbers without being given any.
 _FROM_CONSTANTS = ("_to_copy", "full", "arange", "linspace", "logspace", "scalar_tensor", "eye")
 
+#: Ops whose floating results are whatever lay in memory: two of them differ, and neither is wrong.
+_UNINITIALISED = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
+
 #: A failure of ours, with what was being done: kept, never raised.
 Failed = Callable[[str, BaseException], None]
 
@@ -101,7 +104,7 @@ class Execution:
         writes = [t for t in written(func, facts.name, args, kwargs) if t.is_floating_point()]
         makes_low = any(d in LOW_PRECISION for d in tree_leaves((args, kwargs)) if isinstance(d, torch.dtype))
         rounded = makes_low or any(t.dtype in LOW_PRECISION or self._shadows.get(t) is not None for t in tensors)
-        has_numbers = bool(tensors) or facts.name in _FROM_CONSTANTS
+        has_numbers = facts.name not in _UNINITIALISED and (bool(tensors) or facts.name in _FROM_CONSTANTS)
         follows = rounded and has_numbers and (facts.may_follow or _draws_nothing(func, args, kwargs))
         into = {id(t) for t in writes}
         inputs = []
