@@ -295,6 +295,9 @@ def test_asking_for_kernels_passes_by_whoever_watches_backward(monkeypatch: pyte
     known = [without_kernel(low) for low in FORMATS.values()]
     without_kernel.cache_clear()
     monkeypatch.setattr(torch.autograd, "backward", lambda *_, **__: pytest.fail("seen"))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert [without_kernel(low) for low in FORMATS.values()] == known
+    without_kernel.cache_clear()
     assert [without_kernel(low) for low in FORMATS.values()] == known
 
 

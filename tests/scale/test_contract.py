@@ -267,7 +267,6 @@ def test_unscaling_finds_inf_and_nan_in_any_layout_and_format() -> None:
                     assert torch.equal(gradient, torch.ones_like(gradient))
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # asked for
 def test_fp16_duplicates_of_a_sparse_gradient_are_added_before_the_check() -> None:
     indices = torch.tensor([[0, 1, 0], [2, 0, 2]])
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch.autograd import backward as _backward  # PyTorch's own: under `halfstep run` the name becomes the launcher's
-from torch.utils._python_dispatch import _disable_current_modes
 
 from halfstep.autocast.float8 import MADE_OF_PRODUCTS, PRODUCTS
 from halfstep.policy import Policy, overloads
@@ -170,20 +170,25 @@ def without_kernel(low: torch.dtype) -> frozenset[str]:
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch's own function
         return frozenset()
+    # In a thread of its own: modes that watch or fake, autocast, inference mode and hooks are those of the thread that
+    # asks, and have nothing to do with this.
+    with ThreadPoolExecutor(1) as thread:
+        runs = thread.submit(_lstm_runs, low).result()
+    return frozenset() if runs else frozenset({"mkldnn_rnn_layer"})
+
+
+def _lstm_runs(low: torch.dtype) -> bool:
     size, lstm = 8, 2
-    # Nothing that watches, fakes or casts a script's operations has to do with these.
-    with _disable_current_modes(), torch.autocast("cpu", enabled=False), torch.enable_grad():
-        shapes = (1, 1, size), (4 * size, size), (4 * size, size), (4 * size,), (4 * size,), (1, 1, size), (1, 1, size)
-        given = [torch.zeros(shape, dtype=low, device="cpu", requires_grad=True) for shape in shapes]
-        options: tuple[object, ...] = (False, [], lstm, size, 1, True, False, False, True)
-        try:
-            out = torch.ops.aten.mkldnn_rnn_layer(*given, *options)[0]
-            _backward(out, torch.ones_like(out))
-        except RecursionError:
-            raise
-        except RuntimeError:
-            return frozenset({"mkldnn_rnn_layer"})
-    return frozenset()
+    shapes = (1, 1, size), (4 * size, size), (4 * size, size), (4 * size,), (4 * size,), (1, 1, size), (1, 1, size)
+    given = [torch.zeros(shape, dtype=low, device="cpu", requires_grad=True) for shape in shapes]
+    options: tuple[object, ...] = (False, [], lstm, size, 1, True, False, False, True)
+    try:
+        out = torch.ops.aten.mkldnn_rnn_layer(*given, *options)[0]
+        _backward(out, torch.ones_like(out))
+    except RuntimeError as error:
+        # Anything else than a missing kernel is for the script's own layer to say.
+        return not any(words in str(error) for words in ("primitive", "not implemented", "not supported"))
+    return True
 
 
 @functools.cache
