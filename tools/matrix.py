@@ -30,7 +30,8 @@ HEAD = """\
 
 `make matrix` runs the whole suite over versions of Python and PyTorch, each in an environment of its own, and writes
 this page. PyTorch is the one that the public registry gives, CUDA's libraries included; there was no GPU. "AVX2" is a
-CPU whose libraries are held to AVX2 by environment variables, as on most laptops.
+CPU whose libraries are held to AVX2 by environment variables, as on most laptops. A failure in the table was found by
+its run and may be mended since: the date says when that was.
 
 | Python | PyTorch | Triton | CPU | passed | skipped | failed | minutes | date |
 |---|---|---|---|---|---|---|---|---|
