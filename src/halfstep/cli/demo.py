@@ -52,5 +52,5 @@ def demo_policies(facts: DeviceFacts) -> tuple[list[str], str]:
         ], f"bf16 is {bf16.support} ({bf16.because}), so fp16 with loss scaling is shown"
     # Its own kernels would take an hour here; rounding around FP32 arithmetic has the same losses.
     return ["fp32", "bf16-mixed:emulate"], (
-        f"bf16 is {bf16.support} ({bf16.because}), so 16 bits gain no time here: they are emulated, which shows the loss"
+        f"bf16 is {bf16.support} ({bf16.because}), so 16 bits gain no time here; emulated, they show the loss"
     )
