@@ -92,3 +92,13 @@ def test_numbers_of_the_optimizers_page_are_those_of_the_results_files() -> None
     specification.loader.exec_module(page)
     text = page.PAGE.read_text()
     assert page.render(text, *page.load()) == text
+
+
+def test_the_newest_pytorch_that_is_called_tested_has_passed_the_suite() -> None:
+    from halfstep.version import TESTED_TORCH
+
+    rows = json.loads((ROOT / "benchmarks" / "results" / "tested.json").read_text())
+    passed = [row["torch"].partition("+")[0] for row in rows if row["failed"] == 0 and row["passed"] > 1000]
+    assert TESTED_TORCH in passed
+    page = (ROOT / "docs" / "tested.md").read_text()
+    assert all(f"| {row['torch']} | {row['triton']} |" in page for row in rows)

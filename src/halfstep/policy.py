@@ -21,7 +21,7 @@ products are rounded to float8 around FP32 arithmetic. It exists only emulated, 
 
 Options follow the name, fields separated by ``:`` and items by ``+``, in this order when written::
 
-    bf16-mixed:keep_fp32=blocks.*.mlp.wo+head:fp32_ops=softmax:low_ops=cumsum:rules=cuda:emulate
+    bf16-mixed:keep_fp32=blocks.*.mlp.wo+head:fp32_ops=softmax:low_ops=cumsum:rules=cuda:storage=split:emulate
 
 Neither commas (which separate policies), spaces nor shell operators: the text goes unquoted, but for ``*``, wherever a
 name goes. A character of a pattern that means something here is written as ``%`` and its two hexadecimal digits.

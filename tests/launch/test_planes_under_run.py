@@ -73,3 +73,21 @@ def test_what_cannot_be_kept_so_is_named(launch: Callable[..., Any]) -> None:
     assert ran.out["same"]
     (notice,) = [n for n in ran.record.notices if n.code == "plain-storage"]
     assert "1 weights of Linear stay plain" in notice.message and "a piece of a larger tensor" in notice.message
+
+
+def test_a_weight_whose_memory_is_asked_for_is_named_with_the_line(launch: Callable[..., Any]) -> None:
+    script = """
+    import torch
+    from torch import nn
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.weight.data_ptr()
+    torch.save({"plain": type(model.weight) is nn.Parameter}, "out.pt")
+    """
+    ran = launch(script, "bf16-mixed:storage=split")
+    (notice,) = [n for n in ran.record.notices if n.code == "plain-storage"]
+    assert ran.out["plain"] and "data_ptr() was asked of it" in notice.message and notice.where

@@ -14,6 +14,7 @@ Each wrapper asks whether a session is open and hands over to it, with the origi
 ``torch.autocast.__enter__``         notices a script's own autocast
 ``torch.amp.GradScaler.scale, step`` notices a script's own loss scaling
 ``kernels.listeners``                notices an op that this CPU cannot run in the policy's format
+``split.on_plain``                   notices a weight that cannot stay in planes
 ==================================== =========================================================
 
 Nested calls of the same kind (a module inside a module, a wrapper optimizer around another, reentrant checkpointing's
@@ -28,12 +29,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from halfstep.autocast.kernels import listeners
 from halfstep.launch.own import caller
+from halfstep.split import on_plain
 
 if TYPE_CHECKING:
     from halfstep.launch.session import Session
@@ -106,6 +108,18 @@ class Patches:
 
         listeners.append(kept_in_fp32)
         self._undo.append(lambda: listeners.remove(kept_in_fp32))
+
+        def became_plain(parameter: Tensor, because: str) -> None:
+            if patches._session is not None:
+                patches._session.notice(
+                    "plain-storage",
+                    f"a weight of shape {tuple(parameter.shape)} is a plain FP32 tensor from here on, and is cast as "
+                    f"under bf16-mixed, because {because}",
+                    caller(),
+                )
+
+        on_plain.append(became_plain)
+        self._undo.append(lambda: on_plain.remove(became_plain))
 
     def remove(self) -> None:
         """Put every original back; wrappers that live on in instances pass straight through."""
