@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -69,6 +69,7 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=7), st.integers(0, 1000))
+@example(["a row in place", "a row in place", "a row in place", "softmax"], 1)  # exp of exp of exp: inf, and NaN
 def test_the_shadow_is_the_same_program_in_fp32(names: list[str], seed: int) -> None:
     start = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
@@ -79,7 +80,7 @@ def test_the_shadow_is_the_same_program_in_fp32(names: list[str], seed: int) -> 
 
     shadow = last_shadow(lambda: program(start.clone()))
     # FP32 sums in another order on tensors of another layout; an in-place exp makes large numbers.
-    torch.testing.assert_close(shadow, program(start.float()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shadow, program(start.float()), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_the_shadow_of_a_training_step_is_that_of_fp32() -> None:
