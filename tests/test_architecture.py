@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "autocast": BASE,
     "scale": BASE | {"autocast"},
     "optim": BASE | {"autocast"},
-    "checkpoint": set(),
+    "checkpoint": {"split"},
     "record": set(),
     "processes": set(),
     "observe": BASE | {"autocast", "record"},

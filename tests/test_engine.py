@@ -15,9 +15,10 @@ from halfstep import hardware
 from halfstep.engine import MixedPrecision, StepResult
 from halfstep.policy import POLICIES, Policy, UnknownPolicyError, choose
 from halfstep.scale import GradScaler
+from halfstep.split import SplitTensor, join, split
 
-MIXED = [p for p in POLICIES.values() if not p.master_weights and p.name != "tf32" and not p.emulate]
-MASTER = [p for p in POLICIES.values() if p.master_weights]
+MIXED = [p for p in POLICIES.values() if p.storage == "plain" and p.name != "tf32" and not p.emulate]
+SPLIT = [p for p in POLICIES.values() if p.storage == "split"]
 SCALED = [p for p in POLICIES.values() if p.loss_scaling]
 OVERFLOW_AT = 3
 STEPS = 6
@@ -55,9 +56,14 @@ def train(mp: MixedPrecision, steps: range, overflow_at: int | None = None) -> t
     return losses, results
 
 
-def by_hand_mixed(policy: Policy, overflow_at: int | None) -> tuple[nn.Module, Any, list[float], list[float], float]:
-    """PyTorch's own recipe: autocast, `torch.amp.GradScaler`, clipping between unscale and step."""
+def by_hand(policy: Policy, overflow_at: int | None) -> tuple[nn.Module, Any, list[float], list[float], float]:
+    """PyTorch's own recipe: autocast, `torch.amp.GradScaler`, clipping between unscale and step.
+
+    Weights that the policy stores in planes are FP32 numbers that these can hold, which in fp16 not all are.
+    """
     model = make_model()
+    stored = [m.weight for m in model if isinstance(m, nn.Linear)] if policy.storage == "split" else []
+    _as_stored(stored, policy)
     optimizer = make_optimizer(model.parameters())
     scaler = torch.amp.GradScaler("cpu", enabled=policy.loss_scaling)
     losses, norms = [], []
@@ -73,6 +79,7 @@ def by_hand_mixed(policy: Policy, overflow_at: int | None) -> tuple[nn.Module, A
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         scaler.step(optimizer)
         scaler.update()
+        _as_stored(stored, policy)
         optimizer.zero_grad()
         if step == overflow_at:
             for name, buffer in model.named_buffers():
@@ -80,47 +87,16 @@ def by_hand_mixed(policy: Policy, overflow_at: int | None) -> tuple[nn.Module, A
     return model, optimizer, losses, norms, scaler.get_scale()
 
 
+@torch.no_grad()
+def _as_stored(weights: list[Tensor], policy: Policy) -> None:
+    for weight in weights:
+        weight.copy_(join(*split(weight, policy.compute_dtype)))
+
+
 def _none() -> Any:
     import contextlib
 
     return contextlib.nullcontext()
-
-
-def by_hand_master(policy: Policy, overflow_at: int | None) -> tuple[nn.Module, Any, list[float], list[float], float]:
-    """FP32 copies kept beside a model whose linear layers are 16-bit, and a scale moved by hand."""
-    model = make_model()
-    masters = [p.detach().clone() for p in model.parameters()]
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            layer.to(policy.compute_dtype)
-    optimizer = make_optimizer(masters)
-    scale = 2.0**16 if policy.loss_scaling else 1.0
-    losses, norms = [], []
-    for step in range(STEPS):
-        statistics = {name: b.clone() for name, b in model.named_buffers()}
-        for part in range(MICROBATCHES):
-            x, y = data(step, part, overflow_at)
-            with torch.autocast("cpu", dtype=policy.compute_dtype):
-                loss = nn.functional.cross_entropy(model(x), y)
-            (loss / MICROBATCHES * scale).backward()
-            losses.append(loss.item())
-        finite = True
-        for master, parameter in zip(masters, model.parameters(), strict=True):
-            assert parameter.grad is not None
-            finite = finite and bool(parameter.grad.isfinite().all())
-            master.grad = parameter.grad.float() / scale
-            parameter.grad = None
-        norms.append(float(nn.utils.clip_grad_norm_(masters, MAX_NORM)))
-        if finite:
-            optimizer.step()
-            with torch.no_grad():
-                for master, parameter in zip(masters, model.parameters(), strict=True):
-                    parameter.copy_(master)
-        else:
-            scale /= 2
-            for name, buffer in model.named_buffers():
-                buffer.copy_(statistics[name])
-    return model, optimizer, losses, norms, scale
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -134,10 +110,9 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize("policy", MIXED + MASTER, ids=str)
+@pytest.mark.parametrize("policy", MIXED + SPLIT, ids=str)
 def test_the_loop_is_the_one_written_by_hand(policy: Policy) -> None:
     overflow_at = OVERFLOW_AT if policy.loss_scaling else None
-    by_hand = by_hand_master if policy.master_weights else by_hand_mixed
     their_model, their_optimizer, their_losses, their_norms, their_scale = by_hand(policy, overflow_at)
     model = make_model()
     optimizer = make_optimizer(model.parameters())
@@ -231,32 +206,40 @@ def test_what_cannot_work_is_refused() -> None:
     state = mp.state_dict()
     with pytest.raises(ValueError, match="of policy 'fp16-mixed', this run's is 'fp32'"):
         MixedPrecision(model, optimizer, "fp32").load_state_dict(state)
+    model = make_model()
     with torch.no_grad():
         model[0].weight[0, 0] = 1e5
-    with pytest.raises(FloatingPointError, match=r"'0\.weight'"):
-        MixedPrecision(model, optimizer, "fp16-master")
+    left = MixedPrecision(model, make_optimizer(model.parameters()), "fp16-master").left_plain
+    assert left == {"0.weight": "it holds 100000, and the largest float16 is 65504"}
 
 
-@pytest.mark.parametrize("policy", MASTER, ids=str)
-def test_only_parameters_with_a_master_or_frozen_ones_are_put_into_16_bits(policy: Policy) -> None:
+@pytest.mark.parametrize("policy", SPLIT, ids=str)
+def test_matrices_outside_of_norms_are_stored_in_planes_whoever_steps_them(policy: Policy) -> None:
     model = make_model()
     model[5].requires_grad_(False)
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
     mp = MixedPrecision(model, make_optimizer(model[:3].parameters()), policy)
-    low = {name for name, p in model.named_parameters() if p.dtype is policy.compute_dtype}
-    assert low == {"0.weight", "0.bias", "5.weight", "5.bias"}  # 3 belongs to another optimizer; 1 and 4 are norms
-    train(mp, range(1))
-    assert mp.masters is not None and len(mp.masters) == 2
+    stored = {name: p for name, p in model.named_parameters() if isinstance(p, SplitTensor)}
+    assert set(stored) == {"0.weight", "3.weight", "5.weight"} and mp.masters is None and mp.left_plain == {}
+    for name, p in model.named_parameters():
+        was, value = before[name]
+        assert p is was and p.dtype is torch.float32
+        exact = policy.compute_dtype is torch.bfloat16 or name not in stored
+        assert ((p - value).abs() <= (0 if exact else 2.0**-40)).all()
+        assert not exact or torch.equal(p, value)
 
 
-@pytest.mark.parametrize("policy", MASTER, ids=str)
-def test_masters_start_from_the_values_before_rounding(policy: Policy) -> None:
+@pytest.mark.parametrize("policy", SPLIT, ids=str)
+def test_a_model_that_is_16_bit_already_stays_so_and_gets_masters(policy: Policy) -> None:
     model = make_model()
-    before = [p.detach().clone() for p in model.parameters()]
+    for layer in (model[0], model[3], model[5]):
+        layer.to(policy.compute_dtype)
     mp = MixedPrecision(model, make_optimizer(model.parameters()), policy)
-    assert mp.masters is not None
-    for parameter, value in zip(model.parameters(), before, strict=True):
-        assert torch.equal(mp.masters.of(parameter), value)
-        assert torch.equal(parameter, value.to(parameter.dtype))
+    train(mp, range(2))
+    low = [p for p in model.parameters() if p.dtype is policy.compute_dtype]
+    assert len(low) == 6 and mp.masters is not None and len(mp.masters) == 6 and mp.left_plain == {}
+    assert all(torch.equal(mp.masters.of(p).to(p.dtype), p) for p in low)
+    assert any((mp.masters.of(p) != p.float()).any() for p in low)
 
 
 def test_evaluation_keeps_no_statistics_and_autocast_lowers() -> None:

@@ -19,7 +19,7 @@ from halfstep.policy import POLICIES, Policy
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 
-MIXED = [policy for policy in POLICIES.values() if not policy.master_weights and not policy.emulate]
+MIXED = [policy for policy in POLICIES.values() if policy.storage == "plain" and not policy.emulate]
 STEPS = 5
 MAX_NORM = 0.5
 

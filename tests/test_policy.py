@@ -41,11 +41,11 @@ def test_the_table_in_the_docstring_is_the_code() -> None:
         row = " ".join(table[name])
         assert policy.loss_scaling == row.endswith("dynamic")
         assert policy.tf32 == ("TF32" in row)
-        assert policy.master_weights == ("-master" in name)
+        assert (policy.storage == "split") == ("fp32, split" in row) == ("-master" in name)
         assert policy.lowers == ("autocast to" in row)
         if policy.lowers:
             assert policy.compute in name
-            assert f"autocast to {'bf16 (³)' if policy.float8 else policy.compute}" in row
+            assert f"autocast to {'bf16 (²)' if policy.float8 else policy.compute}" in row
 
 
 def test_only_the_format_that_underflows_is_scaled() -> None:

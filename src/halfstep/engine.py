@@ -13,19 +13,19 @@
 
 What `MixedPrecision.step` does, in this order::
 
-    gradients to FP32 on the masters                    (master-weight policies)
+    gradients of 16-bit parameters to FP32 masters      (a model that brings such parameters)
     unscale, in FP32; look for inf and NaN              (loss-scaling policies)
     clip by the norm of the unscaled gradients          (if asked)
-    optimizer.step() on the masters, cast back          unless inf or NaN was found: then nothing changes,
+    optimizer.step()                                    unless inf or NaN was found: then nothing changes,
                                                         running statistics of the forward pass included
     move the loss scale; zero the gradients
 
-That is how any torch optimizer is stepped; unscaling and clipping read and write all gradients, once each, and masters
-are 4 bytes of their own. The host waits once: to know whether to step, or, of one that is told on the device, after it.
-Those of `halfstep.optim` hold the masters themselves, and do all of it in two passes::
+That is how any torch optimizer is stepped; unscaling and clipping read and write all gradients, once each. The host
+waits once: to know whether to step, or, of one that is told on the device, after it. Those of `halfstep.optim` do all
+of it in two passes::
 
     read all gradients: norm, largest magnitudes, inf and NaN           only where it clips or scales
-    read each parameter's gradient, times 1 / scale and what clipping takes; step its master; write it back
+    read each parameter's gradient, times 1 / scale and what clipping takes; step the parameter
 
 Two numbers on the device tell the second pass what to multiply by and whether to change anything, so the host waits
 once, at the end, to say in `StepResult` what happened; without scaling and clipping it never does. The numbers are
@@ -34,13 +34,15 @@ gradient is multiplied by the product of 1 / scale and the clip coefficient, and
 norm is summed in float64.
 
 Accumulate by calling ``backward(loss / n)`` n times before ``step``. The optimizer stays the user's: schedulers and
-checkpoints go on using it, and its state dict; `MixedPrecision.state_dict` holds it with masters and loss scale.
+checkpoints go on using it, and its state dict; `MixedPrecision.state_dict` holds it and the loss scale. Parameters stay
+FP32 to whoever looks, also where a policy stores them in 16-bit planes (`halfstep.split`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,12 +59,12 @@ from halfstep.autocast import (
     keep_fp32,
     recomputation,
     store_in_planes,
-    store_parameters,
 )
 from halfstep.autocast.explanation import Explanation, explain
 from halfstep.checkpoint import save
 from halfstep.observe.bad_steps import BadStepWatch
 from halfstep.optim import MasterOptimizer, MasterWeights
+from halfstep.optim.loading import STALE, load_beside_masters
 from halfstep.optim.release import GradientRelease
 from halfstep.optim.surveying import gradient_coefficient
 from halfstep.policy import Policy, resolve
@@ -115,10 +117,11 @@ class MixedPrecision:
     """A model and its optimizer under a policy.
 
     Args:
-        model: on its device already. Under a master-weight policy its parameters are put into 16 bits, in place;
-            normalisation layers stay FP32.
+        model: on its device already. Under a ``-master`` policy, or with ``storage=split``, its FP32 matrices are
+            stored in two 16-bit planes, in place; they stay the same objects, and FP32. Parameters that are 16-bit
+            already, in the policy's format, stay so, and get FP32 masters.
         optimizer: any torch optimizer over the model's parameters; those of `halfstep.optim` step in two passes, and
-            are their own masters.
+            hold masters themselves.
         policy: a policy, its name, or "auto" for this device's best.
         scaler: the loss scaler to use instead of a default `GradScaler`; only where the policy scales the loss.
 
@@ -127,7 +130,8 @@ class MixedPrecision:
         reason: why this policy.
         scaler: the loss scaler; disabled where the policy does not scale.
         islands: the modules that the policy keeps in FP32; ``islands.remove()`` makes them ordinary again.
-        left_plain: under ``storage=split``, by name, the weights that could not be put into planes, and why.
+        masters: `MasterWeights` around the optimizer where the model brings 16-bit parameters; else None.
+        left_plain: by name, the weights that the policy would store in planes and could not, and why.
 
     Raises:
         UnknownPolicyError: no policy has this name.
@@ -152,16 +156,11 @@ class MixedPrecision:
         self.optimizer = optimizer
         _require_format(model, self.policy)
         self.islands = keep_fp32(model, self.policy.keep_fp32, self.device_type)
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        brings_16_bits = any(p.dtype in LOW_PRECISION for p in stepped)
         holds_masters = isinstance(optimizer, MasterOptimizer)
-        self.masters = MasterWeights(optimizer) if self.policy.master_weights and not holds_masters else None
-        keeper = optimizer if isinstance(optimizer, MasterOptimizer) else self.masters
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # Parameters that another optimizer trains stay FP32: it has no masters for them. Frozen ones need none.
-        chosen = {id(p) for p in model.parameters() if id(p) in stepped or not p.requires_grad}
-        for parameter, float32 in store_parameters(model, self.policy, chosen).items():
-            if keeper is not None and id(parameter) in stepped:
-                keeper.adopt(parameter, float32)
-        self.left_plain = store_in_planes(model, self.policy, stepped)
+        self.masters = MasterWeights(optimizer) if brings_16_bits and not holds_masters else None
+        self.left_plain = store_in_planes(model, self.policy)
         if scaler is not None and not self.policy.loss_scaling:
             raise ValueError(f"{self.policy} does not scale the loss: a scaler would only cost a pass over memory")
         self.scaler = scaler or GradScaler(self.device_type, enabled=self.policy.loss_scaling)
@@ -333,7 +332,10 @@ class MixedPrecision:
         return None if self._watch is None else self._watch()
 
     def state_dict(self) -> dict[str, Any]:
-        """Policy, optimizer with masters, and loss scale: tensors and plain values, for ``torch.save``."""
+        """Policy, optimizer, and loss scale: tensors and plain values, for ``torch.save``.
+
+        Only a model that brings 16-bit parameters has masters in it.
+        """
         optimizer = self.masters.state_dict() if self.masters is not None else self.optimizer.state_dict()
         return {"policy": str(self.policy), "optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
@@ -348,13 +350,16 @@ class MixedPrecision:
                 f"this state is of policy {state_dict.get('policy')!r}, this run's is {str(self.policy)!r}: "
                 "build MixedPrecision with the policy of the state, or load only the model's weights"
             )
-        (self.masters or self.optimizer).load_state_dict(state_dict["optimizer"])
+        optimizer = self.masters or self.optimizer
+        stale = load_beside_masters(optimizer, state_dict["optimizer"], optimizer.load_state_dict)
+        if stale:
+            warnings.warn(STALE.format(", ".join(stale)), stacklevel=2)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict["scaler"])
 
 
 def _require_format(model: nn.Module, policy: Policy) -> None:
-    stored = policy.compute_dtype if policy.master_weights else torch.float32
+    stored = policy.compute_dtype if policy.storage == "split" else torch.float32
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in LOW_PRECISION and parameter.dtype is not stored:
             low = str(parameter.dtype).removeprefix("torch.")

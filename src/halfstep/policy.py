@@ -4,20 +4,22 @@ A policy is a frozen value; ``str(policy)`` is its name and ``parse(str(policy))
 as command-line argument, log line and JSON. `choose` picks one for a device and returns *(policy, reason)*: the
 reason is always printed and recorded.
 
-================= ========== ==================== ============ =============
-name              parameters compute              masters      loss scaling
-================= ========== ==================== ============ =============
-fp32              fp32       fp32                 –            none
-tf32              fp32       fp32, TF32 matmuls   –            none
-bf16-mixed        fp32       autocast to bf16     – (¹)        none
-fp16-mixed        fp32       autocast to fp16     – (¹)        dynamic
-bf16-master       bf16 (²)   autocast to bf16     fp32         none
-fp16-master       fp16 (²)   autocast to fp16     fp32         dynamic
-fp8-mixed:emulate fp32       autocast to bf16 (³) – (¹)        none
-================= ========== ==================== ============ =============
+================= =============== ==================== =============
+name              parameters      compute              loss scaling
+================= =============== ==================== =============
+fp32              fp32            fp32                 none
+tf32              fp32            fp32, TF32 matmuls   none
+bf16-mixed        fp32            autocast to bf16     none
+fp16-mixed        fp32            autocast to fp16     dynamic
+bf16-master       fp32, split (¹) autocast to bf16     none
+fp16-master       fp32, split (¹) autocast to fp16     dynamic
+fp8-mixed:emulate fp32            autocast to bf16 (²) none
+================= =============== ==================== =============
 
-(¹) the FP32 parameters are the masters. (²) normalisation layers stay FP32. (³) the operands of matrix
-products are rounded to float8 around FP32 arithmetic. It exists only emulated, and ``auto`` never takes it.
+(¹) to whoever looks FP32, and the master; in memory a 16-bit plane and what is missing to FP32 (`halfstep.split`), so
+that nothing is cast. ``storage=split`` makes a ``-mixed`` policy the same. A model whose parameters are 16-bit already
+keeps them, with FP32 masters in the optimizer. (²) the operands of matrix products are rounded to float8 around FP32
+arithmetic. It exists only emulated, and ``auto`` never takes it.
 
 Options follow the name, fields separated by ``:`` and items by ``+``, in this order when written::
 
@@ -44,6 +46,11 @@ from halfstep.hardware import DeviceFacts
 
 Rules = Literal["torch", "cuda"]
 Storage = Literal["plain", "split"]
+
+
+def _storage_of(name: str) -> Storage:
+    return "split" if name.endswith("-master") else "plain"
+
 
 #: What a policy computes in: its 16-bit format, or FP32.
 _FORMAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -73,7 +80,6 @@ class Policy:
     name: str
     compute_dtype: torch.dtype = torch.float32  #: what autocast lowers matrix products to; float32: no autocast
     tf32: bool = False  #: float32 matrix products may run in TF32
-    master_weights: bool = False  #: parameters are kept in compute_dtype, with FP32 masters in the optimizer
     loss_scaling: bool = False  #: dynamic, because gradients of this format underflow
     float8: bool = False  #: matrix products round their operands to float8; only with `emulate`
     keep_fp32: tuple[str, ...] = ()  #: module-path globs that stay FP32: parameters and computation
@@ -81,9 +87,12 @@ class Policy:
     low_ops: tuple[str, ...] = ()  #: ops that compute in compute_dtype, whatever the rules say
     rules: Rules = "torch"  #: autocast lists: the device's own, or CUDA's on every device
     emulate: bool = False  #: round around FP32 arithmetic instead of using 16-bit kernels
-    storage: Storage = "plain"  #: FP32 parameters as they are, or as two 16-bit planes (`halfstep.split`)
+    #: FP32 parameters as they are, or as two 16-bit planes (`halfstep.split`); None: what the name says.
+    storage: Storage | None = None
 
     def __post_init__(self) -> None:
+        if self.storage is None:
+            object.__setattr__(self, "storage", _storage_of(self.name))
         for field in ("keep_fp32", "fp32_ops", "low_ops"):
             given = getattr(self, field)
             items = (given,) if isinstance(given, str) else tuple(given)
@@ -110,11 +119,13 @@ class Policy:
             )
         if self.storage not in get_args(Storage):
             raise PolicyOptionError(f"storage is {' or '.join(get_args(Storage))}, not {self.storage!r}")
-        if self.storage == "split" and (self.master_weights or self.compute_dtype is not torch.bfloat16):
+        if self.storage == "split" and (not self.lowers or self.float8):
             raise PolicyOptionError(
-                f"storage=split keeps FP32 parameters whose upper half is bfloat16: it goes with bf16-mixed, not with "
-                f"{self.name}"
+                f"storage=split keeps parameters ready for 16-bit products: it goes with bf16-mixed and fp16-mixed, "
+                f"not with {self.name}"
             )
+        if self.storage == "plain" and _storage_of(self.name) == "split":
+            raise PolicyOptionError(f"{self.name}:storage=plain is {self.name.replace('-master', '-mixed')}")
         used = [field for field, _ in self._written()]
         if used and not self.lowers:
             raise PolicyOptionError(f"{self.name} lowers nothing, so {', '.join(used)} would have no effect")
@@ -126,7 +137,7 @@ class Policy:
         """The options that differ from a plain policy's, with their text; the text of a flag is empty."""
         found = [(field, "+".join(_quote(item) for item in getattr(self, field))) for field in _LISTS]
         found.append(("rules", self.rules if self.rules != "torch" else ""))
-        found.append(("storage", self.storage if self.storage != "plain" else ""))
+        found.append(("storage", str(self.storage) if self.storage != _storage_of(self.name) else ""))
         return [(field, text) for field, text in found if text] + ([("emulate", "")] if self.emulate else [])
 
     @property
@@ -150,8 +161,8 @@ POLICIES: dict[str, Policy] = {
         Policy("tf32", tf32=True),
         Policy("bf16-mixed", torch.bfloat16),
         Policy("fp16-mixed", torch.float16, loss_scaling=True),
-        Policy("bf16-master", torch.bfloat16, master_weights=True),
-        Policy("fp16-master", torch.float16, master_weights=True, loss_scaling=True),
+        Policy("bf16-master", torch.bfloat16),
+        Policy("fp16-master", torch.float16, loss_scaling=True),
         Policy("fp8-mixed", torch.bfloat16, float8=True, emulate=True),
     )
 }

@@ -58,7 +58,6 @@ def test_an_overflow_ends_in_exit_code_1_a_document_and_a_page(cli):
     [
         (["--policy", "bf17-mixed", "train.py"], "unknown policy 'bf17-mixed'. Did you mean 'bf16-mixed'?"),
         (["nothing.py"], "no script nothing.py here"),
-        (["--policy", "fp16-master", "train.py"], "Use halfstep.MixedPrecision, or bf16-master"),
         (["--silence", "HS9*", "train.py"], "'HS9*' silences nothing: no code matches"),
         (["--silence", "HS101@", "train.py"], "names no place after '@'"),
         (["--device", "tpu", "train.py"], "unknown device 'tpu'"),

@@ -44,12 +44,17 @@ def test_fp32_parameters_are_clean_under_autocast(name: str, optimizer: type[tor
 
 @pytest.mark.parametrize("name", ["bf16-master", "fp16-master"])
 @pytest.mark.parametrize("own", [False, True])
-def test_halfsteps_masters_are_clean_before_and_after_a_step(name: str, own: bool) -> None:
+@pytest.mark.parametrize("brings_16_bits", [False, True])
+def test_halfsteps_masters_are_clean_before_and_after_a_step(name: str, own: bool, brings_16_bits: bool) -> None:
     net, policy = model(), POLICIES[name]
+    if brings_16_bits:
+        for layer in net:
+            if isinstance(layer, nn.Linear):
+                layer.to(policy.compute_dtype)
     kind = halfstep.optim.AdamW if own else torch.optim.AdamW
     optimizer: torch.optim.Optimizer = kind(net[:-1].parameters(), lr=1e-5, weight_decay=0.01)  # type: ignore[assignment]
     mp = halfstep.MixedPrecision(net, optimizer, policy)
-    assert any(p.dtype is policy.compute_dtype for p in net.parameters())
+    assert any(p.dtype is policy.compute_dtype for p in net.parameters()) == brings_16_bits
     for _ in range(2):
         # The optimizer that the user holds, and the masters around it, if any.
         for optimizers in ([optimizer], [optimizer, mp.masters] if mp.masters else [optimizer]):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfstep.doctor.finding import Finding, Severity, SilenceError, Trial
 from halfstep.doctor.remedy import Remedy
-from halfstep.launch import ScriptError, UnsupportedError, child, doctor, stage
+from halfstep.launch import ScriptError, child, doctor, stage
 from halfstep.launch.child import Request, run_stage
 from halfstep.launch.doctor import Told, diagnose
 from halfstep.policy import Policy, UnknownPolicyError
@@ -116,7 +116,6 @@ def test_what_was_found_before_a_kill_is_kept(tmp_path, monkeypatch):
     [
         (ScriptError, {"script": "nothing.py"}, "no script nothing.py"),
         (UnknownPolicyError, {"policy": "bf17-mixed"}, "unknown policy"),
-        (UnsupportedError, {"policy": "fp16-master"}, "cannot be put under a script"),
         (SilenceError, {"silence": ["HS9*"]}, "silences nothing"),
         (FileExistsError, {"folder": "occupied"}, "never overwritten"),
         (OSError, {"folder": "train.py/out"}, "train.py"),

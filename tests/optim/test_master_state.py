@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from torch import nn
 from halfstep.optim import MasterWeights
 
 
+@pytest.mark.parametrize("model_first", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_saved_run_continues_as_the_uninterrupted_one(name: str) -> None:
+def test_a_saved_run_continues_as_the_uninterrupted_one(name: str, model_first: bool) -> None:
     def run(parameters: list[nn.Parameter], masters: MasterWeights, steps: range) -> None:
         for step in steps:
             feed(parameters, step)
@@ -34,11 +36,13 @@ def test_a_saved_run_continues_as_the_uninterrupted_one(name: str) -> None:
     saved = torch.load(file, weights_only=True)
     resumed = make_parameters(torch.bfloat16, seed=9)
     resumed_masters = MasterWeights(OPTIMIZERS[name](groups_of(resumed)))
-    with torch.no_grad():
-        for parameter, value in zip(resumed, saved["model"], strict=True):
-            if parameter.dtype is torch.float32 or not parameter.requires_grad:
-                parameter.copy_(value)  # the trained 16-bit ones come from their masters
-    resumed_masters.load_state_dict(saved["optimizer"])
+    for load_model in (True, False) if model_first else (False, True):
+        if not load_model:
+            resumed_masters.load_state_dict(saved["optimizer"])
+            continue
+        with torch.no_grad():
+            for parameter, value in zip(resumed, saved["model"], strict=True):
+                parameter.copy_(value)
     assert all(torch.equal(p, value) for p, value in zip(resumed, saved["model"], strict=True))
     for one, other in zip(tensors_of(resumed_masters.state_dict()), tensors_of(saved_copy), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
@@ -103,3 +107,50 @@ def test_copies_go_on_as_the_original_would(copied: Any) -> None:
     for one, twin in zip(parameters, twins, strict=True):
         assert one is not twin and torch.equal(one, twin)
         assert torch.equal(masters.of(one), twin_masters.of(twin))
+
+
+def test_masters_of_other_weights_are_named_and_not_taken() -> None:
+    """Trained with masters, then on by other means, then with masters again: what was trained last counts."""
+    parameters = make_parameters(torch.bfloat16)
+    masters = MasterWeights(torch.optim.SGD(parameters, 0.1))
+    feed(parameters, 0)
+    masters.step()
+    old = copy.deepcopy(masters.state_dict())
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(3.0)
+    later = [p.detach().clone() for p in parameters]
+    masters = MasterWeights(torch.optim.SGD(parameters, 0.0))
+    masters.load_state_dict({**old, "param_groups": [{**g, "lr": 0.0} for g in old["param_groups"]]})
+    feed(parameters, 1)
+    with pytest.warns(UserWarning, match=r"masters of other weights .* \(parameters 0 "):
+        masters.step()
+    assert all(torch.equal(p, value) for p, value in zip(parameters, later, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masters.step()
+
+
+def test_a_state_that_is_read_while_an_average_is_swapped_in_changes_nothing() -> None:
+    parameters = make_parameters(torch.bfloat16)
+    masters = MasterWeights(torch.optim.SGD(parameters, 1e-4))
+    for step in range(3):
+        feed(parameters, step)
+        masters.step()
+    kept = [p.detach().clone() for p in parameters]
+    before = [masters.of(p).clone() for p in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.zero_()
+        saved = masters.state_dict()["state"]
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+    assert all((entry["master"] == 0).all() for entry in saved.values() if "master" in entry)
+    feed(parameters, 9)
+    masters.step()
+    again = [masters.of(p) for p in parameters]
+    low = [p.dtype is torch.bfloat16 and p.requires_grad for p in parameters]
+    assert any((b.bfloat16() != b).any() for b, is_low in zip(before, low, strict=True) if is_low)
+    for one, other, p, is_low in zip(again, before, parameters, low, strict=True):
+        if is_low and p.grad is not None:
+            assert torch.equal(one, other.sub(p.grad.float(), alpha=1e-4))

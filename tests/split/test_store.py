@@ -109,3 +109,26 @@ def test_tied_weights_stay_one_parameter_and_plain_ones_come_back() -> None:
     plain_parameters(model)
     assert model[0].weight is model[1].weight is weight and type(weight) is nn.Parameter
     assert torch.equal(weight, values)
+
+
+def test_hooks_and_attributes_stay_with_a_parameter() -> None:
+    model = nn.Linear(4, 3)
+    seen: list[str] = []
+
+    def doubled(gradient: Tensor) -> Tensor:
+        seen.append("hook")
+        return gradient * 2
+
+    first = model.weight.register_hook(doubled)
+    model.weight.register_post_accumulate_grad_hook(lambda _: seen.append("after"))
+    model.weight.rank = 7  # type: ignore[assignment]  # as Megatron and others mark theirs
+    for to in (split_parameters, plain_parameters):
+        to(model)
+        model.zero_grad()
+        model(torch.ones(1, 4)).sum().backward()
+        assert seen == ["hook", "after"] and model.weight.rank == 7
+        assert torch.equal(model.weight.grad, torch.full((3, 4), 2.0))  # type: ignore[arg-type]
+        seen.clear()
+    first.remove()
+    model(torch.ones(1, 4)).sum().backward()
+    assert seen == ["after"]

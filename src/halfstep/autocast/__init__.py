@@ -1,4 +1,4 @@
-"""A policy applied to computation: the autocast region, its rules, its FP32 islands, and parameters stored in 16 bits.
+"""A policy applied to computation: the autocast region, its rules, its FP32 islands, and how parameters are stored.
 
 ========== ==========================================================================================
 region     `autocast` enters a policy; `recomputation` is its counterpart for backward
@@ -9,7 +9,7 @@ emulate    16-bit matrix products by FP32 arithmetic
 float8     matrix products on operands rounded to float8
 islands    `keep_fp32`: modules that stay FP32, by path
 containers `to_float32`, `cast_inputs`: casts through tuples, mappings and dataclasses
-storage    `store_parameters`, `store_in_planes`: parameters in the policy's format, or in two 16-bit planes
+storage    `store_in_planes`: parameters in two 16-bit planes, where the policy says so
 ========== ==========================================================================================
 """
 
@@ -19,7 +19,7 @@ from halfstep.autocast.islands import Islands, NoSuchModuleError, keep_fp32
 from halfstep.autocast.kernels import MissingKernelWarning
 from halfstep.autocast.region import autocast, recomputation
 from halfstep.autocast.rules import UnsupportedDeviceError
-from halfstep.autocast.storage import FP32_ISLANDS, store_in_planes, store_parameters
+from halfstep.autocast.storage import FP32_ISLANDS, store_in_planes
 
 __all__ = [
     "FP32_ISLANDS",
@@ -36,6 +36,5 @@ __all__ = [
     "keep_fp32",
     "recomputation",
     "store_in_planes",
-    "store_parameters",
     "to_float32",
 ]

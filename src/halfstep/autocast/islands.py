@@ -4,8 +4,9 @@
 autocast off: the two lines that PyTorch's documentation has people write by hand, for modules that they cannot edit.
 What an island returns is FP32; the ops after it cast as autocast always does.
 
-The replacement is an attribute of the instance, an object of a public class that holds the module. A closure would
-break ``pickle`` and leave ``copy.deepcopy`` with the *original's* forward; a pair of hooks that opens and closes
+The replacement is an attribute of the instance, an object of a public class that holds the module. It is copied with
+the module, and pickled as the forward that it replaced, so that files load without halfstep. A closure would break
+``pickle`` and leave ``copy.deepcopy`` with the *original's* forward; a pair of hooks that opens and closes
 autocast cannot be traced by ``torch.compile``. Activation checkpointing calls ``forward`` again and finds the island
 again.
 
@@ -15,8 +16,10 @@ parts. The parts that wrappers add (``module`` of DistributedDataParallel, ``_or
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
+import functools
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
@@ -74,6 +77,17 @@ class IslandForward:
             if self.inner is not None:
                 return self.inner(*args, **kwargs)
             return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IslandForward:
+        copied = IslandForward.__new__(IslandForward)
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __reduce__(self) -> Any:
+        if self.inner is not None:
+            return functools.partial, (self.inner,)
+        return getattr, (self.module, "forward")  # that of its class: unpickled before the instance has attributes
 
     @property
     def __wrapped__(self) -> Any:  # so that inspect.signature(module.forward) stays what it was

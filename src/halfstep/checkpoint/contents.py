@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from halfstep.checkpoint.error import CheckpointError
 from halfstep.checkpoint.memory import without_unseen
+from halfstep.split import SplitTensor
 
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.Size)
@@ -92,7 +93,7 @@ def _remedy(value: Any, kind: str) -> str:
 
 def _examine_tensor(tensor: Tensor, place: str) -> None:
     kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
-    if type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) not in (Tensor, nn.Parameter) and not isinstance(tensor, SplitTensor):
         if kind.endswith(".DTensor"):
             remedy = "save sharded states with torch.distributed.checkpoint, or gather it with .full_tensor()"
         else:

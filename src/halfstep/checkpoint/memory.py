@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.checkpoint.error import CheckpointError
+from halfstep.split import PlainCopies, SplitTensor
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ def without_unseen(tensors: dict[int, tuple[str, Tensor]]) -> dict[int, Tensor]:
     """What to store for each tensor of ``tensors`` (place and tensor by identity), by identity."""
     stored: dict[int, Tensor] = {}
     of_storage: dict[int, list[_View]] = {}
+    copies = PlainCopies()
     for identity, (place, tensor) in tensors.items():
-        plain = tensor.detach().resolve_conj().resolve_neg()
+        plain = copies.of(tensor) if isinstance(tensor, SplitTensor) else tensor.detach().resolve_conj().resolve_neg()
         if plain.numel() == 0:
             stored[identity] = torch.empty_strided(plain.size(), plain.stride(), dtype=plain.dtype, device=plain.device)
             continue

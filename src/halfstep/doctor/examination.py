@@ -37,7 +37,7 @@ from halfstep.doctor.execution import Execution, beside_the_run, facts_of
 from halfstep.doctor.finding import Finding, Severity, Silence, ordered, without_silenced
 from halfstep.doctor.lints.keeping import groups_of
 from halfstep.doctor.marks import Marks, differs, kind_of
-from halfstep.doctor.shadow import Shadows, named, storage_key
+from halfstep.doctor.shadow import Shadows, elements_of, named, storage_key
 from halfstep.observe.attribution import Attribution
 from halfstep.observe.place import Place
 
@@ -182,7 +182,7 @@ class Examination:
             if entry is None:
                 continue
             carried = self._marks.carried(marks, value) if marks else set()
-            is_whole = value.tensor.numel() * value.tensor.element_size() >= value.tensor.untyped_storage().nbytes()
+            is_whole = value.tensor.numel() >= elements_of(value.tensor)
             before = set() if is_whole else entry.marks  # written into a part: the rest holds what it held
             entry.marks = before | carried | given.get(index, set())
             if entry.marks and event.place.phase == "optimizer" and storage_key(value.tensor) in self._stepped:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 
 from halfstep.doctor.event import LOW_PRECISION
 from halfstep.observe.place import Place
+from halfstep.split import parts
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -79,7 +80,7 @@ class Shadows:
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = Entry(tensor.dtype)
-            weakref.finalize(tensor.untyped_storage(), self._entries.pop, key, None).atexit = False
+            weakref.finalize(parts(tensor)[0].untyped_storage(), self._entries.pop, key, None).atexit = False
         entry.made_by = by
         return entry
 
@@ -89,7 +90,7 @@ class Shadows:
         if entry is None:
             return
         entry.dtype = tensor.dtype
-        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        elements = elements_of(tensor)
         fits = shadow.stride() == tensor.stride() and tensor.storage_offset() == 0 and shadow.storage_offset() == 0
         own = shadow.untyped_storage().nbytes() == 4 * elements and shadow.dtype is torch.float32
         if fits and own and shadow.size() == tensor.size():
@@ -110,7 +111,7 @@ class Shadows:
         entry = self.entry(tensor) or self.made(tensor, None)
         if entry is None:
             return None
-        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        elements = elements_of(tensor)
         entry.dtype = tensor.dtype
         entry.shadow = _flat(tensor, elements).to(torch.float32, copy=True)
         return self.get(tensor)
@@ -122,6 +123,12 @@ class Shadows:
             entry.shadow = None
 
 
+def elements_of(tensor: Tensor) -> int:
+    """How many elements the tensor's storage has."""
+    part = parts(tensor)[0]
+    return part.untyped_storage().nbytes() // part.element_size()
+
+
 def _flat(tensor: Tensor, elements: int) -> Tensor:
     return tensor.detach().as_strided((elements,), (1,), 0)
 
@@ -129,7 +136,7 @@ def _flat(tensor: Tensor, elements: int) -> Tensor:
 def storage_key(tensor: Tensor) -> int | None:
     """What tells a tensor's storage from others while it lives; None where it has none."""
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return int(parts(tensor)[0].untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # sparse and other tensors without a storage
         return None
 

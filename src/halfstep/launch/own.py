@@ -141,6 +141,14 @@ def caller() -> str | None:
     return None
 
 
+def makes_state_only() -> bool:
+    """Whether PyTorch steps an optimizer with zeros, so that a distributed checkpoint finds a state to load into."""
+    return any(
+        frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
+        for frame in _frames(sys._getframe(1))
+    )
+
+
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame

@@ -5,7 +5,8 @@ Each wrapper asks whether a session is open and hands over to it, with the origi
 ==================================== =========================================================
 ``nn.Module.__call__``               the outermost call enters autocast
 ``torch.autograd.backward``          scales; ``Tensor.backward`` goes through it
-``Optimizer`` subclasses' ``step``   checks, skips, steps the masters, records
+``DistributedDataParallel``          stores parameters in planes before it holds on to them
+``Optimizer`` subclasses' ``step``   checks, skips, steps masters of 16-bit parameters, records
 ``Optimizer.state_dict``, ``load…``  carry the masters, and keep FP32 state FP32
 ``LRScheduler`` subclasses' ``step`` holds still after a skipped step
 ``torch.nn.utils.clip_grad_norm_``   only reads the norm it returns, for the record
@@ -72,6 +73,7 @@ class Patches:
         self._wrap(torch.autograd, "grad", lambda session: session.own.gradients)
         self._wrap(torch, "compile", lambda session: session.own.compiling)
         self._wrap(torch, "set_float32_matmul_precision", lambda session: session.float32.setting)
+        self._wrap(nn.parallel.DistributedDataParallel, "__init__", lambda session: session.replicating)
         self._wrap(Optimizer, "state_dict", lambda session: session.optimizer_state)
         self._wrap(Optimizer, "load_state_dict", lambda session: session.load_optimizer_state)
         self._wrap(torch.autocast, "__enter__", lambda session: session.own.autocast)

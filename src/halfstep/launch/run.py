@@ -192,15 +192,6 @@ def _outcome_name(outcome: Outcome) -> str:
 
 
 def _closing_notices(session: Session, policy: Policy, outcome: Outcome) -> list[Notice]:
-    if policy.master_weights and isinstance(outcome.error, RuntimeError | TypeError) and "dtype" in str(outcome.error):
-        return [
-            Notice(
-                "master-dtype",
-                f"under {policy} parameters are {policy.compute} from their module's first call on; what the script "
-                "computes with them outside of modules (an average, a regulariser) has to expect that. bf16-mixed "
-                "keeps them fp32",
-            )
-        ]
     if outcome.exit_code != 0:
         return []
     if session.steps.seen == 0:

@@ -16,19 +16,22 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from halfstep import hardware
-from halfstep.autocast import LOW_PRECISION, autocast, recomputation, store_in_planes, store_parameters, to_float32
+from halfstep.autocast import LOW_PRECISION, autocast, recomputation, store_in_planes, to_float32
 from halfstep.autocast.script_islands import ScriptIslands
 from halfstep.launch.devices import ScriptDevices
 from halfstep.launch.float32 import HeldFloat32
-from halfstep.launch.own import OwnPrecision, dtype_name, in_backward
+from halfstep.launch.own import OwnPrecision, caller, dtype_name, in_backward, makes_state_only
 from halfstep.launch.reading import OnDevice
 from halfstep.launch.scaling import OverflowInClosure, ScriptScaling, scale_of
 from halfstep.launch.steps import StepObserver
 from halfstep.optim import MasterOptimizer, MasterWeights
+from halfstep.optim.loading import STALE, load_beside_masters
 from halfstep.policy import Policy
 from halfstep.record import Memory, Notice, Step
 from halfstep.scale import KeptStatistics
@@ -76,11 +79,6 @@ class Session:
         write: Callable[[Step | Memory | Notice], None],
         step_limit: int | None = None,
     ) -> None:
-        if policy.master_weights and policy.loss_scaling:
-            raise UnsupportedError(
-                f"{policy} cannot be put under a script from outside: its fp16 gradients stay scaled until the step, "
-                "and the script's own clipping would see them so. Use halfstep.MixedPrecision, or bf16-master"
-            )
         self.requested = requested
         self.policy = policy
         self.device_type = device_type
@@ -112,6 +110,8 @@ class Session:
             return original(module, *args, **kwargs)
         self._local.in_module = True
         try:
+            if not _is_a_models_call(module):
+                return original(module, *args, **kwargs)
             first = next(module.parameters(), None)
             if first is None:  # a loss, a pooling, an augmentation: nothing to gain in 16 bits, and losses want FP32
                 return original(module, *args, **kwargs)
@@ -176,18 +176,18 @@ class Session:
         """An optimizer was given parameters."""
         parameters = list(parameters)
         self.stepped.setdefault(optimizer, [0, 0])
-        if (self.policy.master_weights or self.policy.loss_scaling) and any(hasattr(p, "to_local") for p in parameters):
+        if self.policy.loss_scaling and any(hasattr(p, "to_local") for p in parameters):
             raise UnsupportedError(
                 f"{self.policy} cannot be put under sharded (DTensor) parameters from outside: use bf16-mixed, or "
                 "halfstep.MixedPrecision in the loop"
             )
-        if self.policy.master_weights and not isinstance(optimizer, MasterOptimizer):  # those have masters themselves
-            self._masters.setdefault(optimizer, MasterWeights(optimizer))
         self._known_modules.clear()  # a module seen before its optimizer has to be looked at again
 
     def step(self, original: Original, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """An optimizer's ``step``: applied, or skipped when scaled gradients overflowed."""
         if getattr(self._local, "in_step", False) or self.own.stepping:  # which records, once it knows of a skip
+            return original(optimizer, *args, **kwargs)
+        if not optimizer.state and makes_state_only():
             return original(optimizer, *args, **kwargs)
         self.float32.hold()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -237,12 +237,17 @@ class Session:
 
     def load_optimizer_state(self, original: Original, optimizer: Optimizer, state_dict: dict[str, Any]) -> Any:
         """``Optimizer.load_state_dict``, with masters, and without casting FP32 state to 16 bits."""
-        masters = self._masters.get(optimizer)
-        if masters is None or getattr(self._local, "in_state", False):
+        if getattr(self._local, "in_state", False):
             return original(optimizer, state_dict)
+        masters = self._masters.get(optimizer)
         self._local.in_state = True
         try:
-            return masters.load_state_dict(state_dict)
+            if masters is not None:
+                return masters.load_state_dict(state_dict)
+            if isinstance(optimizer, MasterOptimizer) or not {"state", "param_groups"} <= state_dict.keys():
+                return original(optimizer, state_dict)
+            if stale := load_beside_masters(optimizer, state_dict, lambda state: original(optimizer, state)):
+                self.notice("stale-masters", STALE.format(", ".join(stale)), caller())
         finally:
             self._local.in_state = False
 
@@ -283,10 +288,11 @@ class Session:
         if known is not None:
             return known
         parameters = list(module.named_parameters())
-        mastered = _parameters(self._masters.values())
-        kept = _parameters(self._holding_masters())  # not lossy; and the policy's doing only if it is a master policy
-        if self.policy.master_weights:
-            mastered |= kept
+        kept = _parameters(self._holding_masters())  # not lossy; and the policy's doing only if it keeps 16 bits itself
+        mastered = set()
+        if self.policy.storage == "split":
+            self._give_masters()
+            mastered = _parameters(self._masters.values()) | kept
         low = [(name, p) for name, p in parameters if p.dtype in LOW_PRECISION and id(p) not in mastered]
         trainable_float32 = any(p.requires_grad and p.dtype is torch.float32 for _, p in parameters)
         own_low_precision = bool(low) and not trainable_float32
@@ -309,22 +315,28 @@ class Session:
         """The script's optimizers that hold masters themselves."""
         return [optimizer for optimizer in list(self.stepped) if isinstance(optimizer, MasterOptimizer)]
 
+    def _give_masters(self) -> None:
+        """Masters for 16-bit parameters that the script made itself, and steps with an optimizer that has none."""
+        for optimizer in list(self.stepped):
+            if not isinstance(optimizer, MasterOptimizer) and any(
+                p.dtype in LOW_PRECISION for group in optimizer.param_groups for p in group["params"]
+            ):
+                self._masters.setdefault(optimizer, MasterWeights(optimizer))
+
+    def replicating(self, original: Original, replica: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """``DistributedDataParallel(module)``, which holds on to what parameters are: they are stored before."""
+        self.store(module)
+        return original(replica, module, *args, **kwargs)
+
     def _prepare(self, module: nn.Module) -> None:
         self._islands.apply(module, self.policy.keep_fp32, self.device_type)
-        if self.policy.master_weights:
-            if isinstance(module, nn.parallel.DistributedDataParallel):
-                raise UnsupportedError(
-                    f"{self.policy} cannot be put under a DistributedDataParallel model from outside: its buckets are "
-                    "built for FP32 gradients. Use bf16-mixed, or halfstep.MixedPrecision before wrapping the model"
-                )
-            # Only what an optimizer steps: a frozen model or an averaged copy has no master to keep its low bits.
-            keepers: list[MasterWeights | MasterOptimizer] = [*self._masters.values(), *self._holding_masters()]
-            owners = {id(p): keeper for keeper in keepers for group in keeper.param_groups for p in group["params"]}
-            for parameter, float32 in store_parameters(module, self.policy, only=set(owners)).items():
-                owners[id(parameter)].adopt(parameter, float32)
+        stepped = _parameters(self.stepped)
+        if any(id(parameter) in stepped for parameter in module.parameters()):  # no teacher, no averaged copy
+            self.store(module)
 
-        stepped = {id(p) for optimizer in self.stepped for group in optimizer.param_groups for p in group["params"]}
-        left = store_in_planes(module, self.policy, only=stepped)
+    def store(self, module: nn.Module) -> None:
+        """Put the module's parameters into planes, where the policy says so."""
+        left = store_in_planes(module, self.policy)
         if left:
             name, why = next(iter(left.items()))
             self.notice(
@@ -397,6 +409,13 @@ class Session:
         if code not in self._noticed:
             self._noticed.add(code)
             self._write(Notice(code, message, where))
+
+
+def _is_a_models_call(module: nn.Module) -> bool:
+    """Whether this computes what a model says: not a weight that is read (a parametrization), nor a program of it."""
+    if isinstance(module, ParametrizationList):
+        return False
+    return not (torch._C._get_tracing_state() or torch.onnx.is_in_onnx_export() or is_exporting())
 
 
 def _parameters(optimizers: Iterable[Optimizer]) -> set[int]:

@@ -14,6 +14,7 @@ from halfstep.observe.attribution import Attribution
 from halfstep.observe.lowering import only_first, promoted, would_be_low
 from halfstep.observe.place import Phase
 from halfstep.policy import Policy
+from halfstep.split import parts
 
 
 class LowTags:
@@ -68,7 +69,7 @@ def _floating(values: Any) -> list[Tensor]:
 
 def _key(tensor: Tensor) -> int:
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return int(parts(tensor)[0].untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage
         return id(tensor)
 

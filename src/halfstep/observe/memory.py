@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 from halfstep.record import Memory
+from halfstep.split import on_temporary, parts
 
 #: Storages that were not named otherwise: saved for backward, or living for one op.
 ACTIVATIONS = "activations and temporaries"
@@ -57,17 +58,18 @@ class PeakMemory(TorchDispatchMode):
             if issubclass(type(item), Tensor):
                 # Whatever lives in the process is looked at: tensors of others that do not answer have no bytes here.
                 with suppress(Exception):
-                    self._see(item)
+                    self._see_all(item)
                     if item.is_leaf and item.grad is not None:
                         self._see(item.grad)
         for number in self._number.values():
             self._names[number] = OTHER
+        on_temporary.append(self._see_all)
         self.__enter__()  # type: ignore[no-untyped-call,unused-ignore]
 
     def name(self, category: str, tensors: Iterable[Tensor]) -> None:
         """Say what these tensors are; the first name given to a storage stays, except over `OTHER`."""
-        for tensor in tensors:
-            number = self._see(tensor)
+        for part in (part for tensor in tensors for part in parts(tensor)):
+            number = self._see(part)
             if number is not None and self._names.get(number, OTHER) == OTHER:
                 self._names[number] = category
 
@@ -77,6 +79,7 @@ class PeakMemory(TorchDispatchMode):
         Accelerators first, then the host; the host alone where nothing was anywhere else.
         """
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call,unused-ignore]
+        on_temporary.remove(self._see_all)
         events, self._events = self._events, []
         kinds = sorted({"cpu", *self._device}, key=lambda kind: (kind == "cpu", kind))
         return [self._peak(step, kind, events) for kind in kinds]
@@ -103,8 +106,12 @@ class PeakMemory(TorchDispatchMode):
         self._op = str(func)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                self._see_all(leaf)
         return result
+
+    def _see_all(self, tensor: Tensor) -> None:
+        for part in parts(tensor):
+            self._see(part)
 
     def _see(self, tensor: Tensor) -> int | None:
         try:

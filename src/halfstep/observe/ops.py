@@ -39,6 +39,7 @@ from halfstep.observe.lowering import Composites, only_first
 from halfstep.observe.place import Place
 from halfstep.observe.profile import OpRecord, Profile, larger
 from halfstep.policy import Policy
+from halfstep.split import parts
 
 __all__ = ["Level", "OpObserver", "OpRecord", "Profile"]
 
@@ -321,7 +322,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _address(x: Tensor) -> int:
     try:
-        return int(_dense(x).untyped_storage()._cdata)
+        return int(parts(_dense(x))[0].untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a subclass without a storage of its own
         return id(x)
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from halfstep.autocast import LOW_PRECISION
 from halfstep.optim import dither, masters, moments
 from halfstep.optim.layout import first_element, flat, is_dense, is_sharded, like, local
 from halfstep.optim.rules import SGD, Lion, Rule
@@ -162,7 +165,7 @@ def _take_master(parameter: Tensor, state: dict[str, Any], saved: dict[str, Any]
         kept.copy_(given)  # and belongs to the parameter that was saved with it
         return
     if parameter.dtype is torch.float32:
-        _recover(parameter, given)
+        recover(parameter, given)
         return
     x = local(given).to(local(parameter).device) if given_name == "master" else _joined(parameter, given)
     ours = local(parameter.detach())
@@ -173,17 +176,61 @@ def _take_master(parameter: Tensor, state: dict[str, Any], saved: dict[str, Any]
         ours.copy_(dense)
 
 
-def _recover(parameter: Tensor, given: Tensor) -> None:
-    """What an FP32 parameter lost when it was 16-bit, where it still has that value."""
+def recover(parameter: Tensor, given: Tensor) -> bool:
+    """Give an FP32 parameter what it lost when it was 16-bit, where it still has that value.
+
+    Args:
+        given: a saved master, remainder or compensation, of the parameter's shape.
+
+    Returns:
+        Whether it had that value everywhere; it has not where other weights were loaded than those saved beside it.
+    """
     ours = local(parameter.detach())
     if given.dtype is torch.float32:
         x = local(given).to(ours.device)
-        roundings = [x.to(low).float() for low in (torch.bfloat16, torch.float16)]
-        same = (ours == roundings[0]) | (ours == roundings[1])
+        roundings = [x.to(low).float() for low in LOW_PRECISION]
+        same = (ours == x) | (ours == roundings[0]) | (ours == roundings[1])
     else:
-        low = given.dtype if given.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        low = given.dtype if given.dtype in LOW_PRECISION else torch.bfloat16
         x, same = _joined(parameter, given), ours.to(low).float() == ours
     ours.copy_(torch.where(same, x, ours))
+    return bool(same.all())
+
+
+def load_beside_masters(
+    optimizer: Optimizer, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], Any]
+) -> list[str]:
+    """Load the state of an optimizer that held masters into one whose parameters are FP32, and are their own.
+
+    Args:
+        load: loads the state without masters.
+
+    Returns:
+        By index and shape, the parameters whose values are not those that were saved with their master: other weights
+        were loaded. They keep their own there.
+    """
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    parameter_of = dict(zip(saved, parameters, strict=False))  # PyTorch refuses other lengths
+    state, found = {}, {}
+    for key, entry in state_dict["state"].items():
+        parameter = parameter_of.get(key)
+        given = entry.get("master") if isinstance(entry, dict) else None
+        if isinstance(given, Tensor) and isinstance(parameter, Tensor) and parameter.dtype is torch.float32:
+            entry = {name: value for name, value in entry.items() if name != "master"}
+            if given.shape == parameter.shape:
+                found[key] = parameter, given
+        if entry:
+            state[key] = entry
+    load({**state_dict, "state": state} if found else state_dict)
+    with torch.no_grad():
+        return [f"{key} {tuple(p.shape)}" for key, (p, given) in found.items() if not recover(p, given)]
+
+
+STALE = (
+    "the optimizer's state holds FP32 masters of other weights than this model has now (parameters {}): they are not "
+    "taken there. Load the model that was saved with it, too"
+)
 
 
 def _joined(parameter: Tensor, given: Tensor) -> Tensor:

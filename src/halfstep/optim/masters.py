@@ -13,20 +13,8 @@ master       beside the parameter  bytes   holds
 
 (E: the value's exponent.) An FP32 parameter is its own master, whatever is asked for.
 
-**bf16, exact.** The parameter is the upper half of the FP32 bits, rounded, and the remainder what is missing to them::
-
-    h = (bits + 0x8000) >> 16        the parameter: round half away from zero
-    r = bits - (h << 16)             in [-2^15, 2^15)
-
-Each h owns 2^16 remainders, so the pair says the same as the 32 bits. (Under round-half-to-even an even h would own
-65,537: that rounding and an exact remainder do not go together. The two differ on ties only.)
-
-**fp16, exact.** The exponents differ, so the remainder counts units that are a fixed part of the parameter's spacing::
-
-    r = (x - p) / unit,   unit = 2^(exponent field of p - 39)
-
-A normal p has |x - p| <= 2^13 units, and each FP32 number there is a whole number of them: exact from 2^-16 up, and
-within 2^-40 below. A value beyond 65504 becomes inf, as in a cast.
+**exact** is the encoding of `halfstep.split.planes`: the parameter is the upper plane, the remainder the lower one. It
+is exact in bf16, and in fp16 from 2^-16 up, within 2^-40 below.
 
 **24 bit** drops the lower eight bits of the remainder, to nearest or stochastically, and decoding and encoding again
 changes nothing, so a step that does not move the master does not let it drift either. In fp16 the int8 counts units of
@@ -53,6 +41,7 @@ import torch
 from torch import Tensor
 
 from halfstep.optim.dither import shift_right, uniform
+from halfstep.split import join, split
 
 Master = Literal["fp32", "exact", "24bit", "none"]
 Rounding = Literal["nearest", "stochastic", "kahan"]
@@ -97,11 +86,13 @@ def decode(parameter: Tensor, kept: Tensor | None) -> Tensor:
         x, error = parameter.float(), kept.float()
         return torch.where(error.abs() <= x.abs() * _HALF_SPACING[parameter.dtype], x + error, x)
     if parameter.dtype is torch.bfloat16:
-        places = 0 if kept.dtype is torch.int16 else 8
         upper = parameter.view(torch.int16).to(torch.int32) << 16
-        bits = upper + (kept.to(torch.int32) << places)
+        exact = kept.dtype is torch.int16
+        bits = join(parameter, kept).view(torch.int32) if exact else upper + (kept.to(torch.int32) << 8)
         return torch.where((bits ^ upper) < 0, upper, bits).view(torch.float32)
-    return parameter.float() + kept.float() * _unit(parameter, kept.dtype)
+    if kept.dtype is torch.int16:
+        return join(parameter, kept)
+    return parameter.float() + kept.float() * _unit(parameter)
 
 
 def encode(x: Tensor, parameter: Tensor, kept: Tensor | None, noise: Tensor | None = None) -> None:
@@ -119,10 +110,13 @@ def encode(x: Tensor, parameter: Tensor, kept: Tensor | None, noise: Tensor | No
         parameter.copy_(x)
         difference = x if kept.dtype is torch.float32 else x - parameter.float()
         kept.copy_(difference if kept.dtype is torch.float32 else difference.nan_to_num_(0, 0, 0))
+    elif kept.dtype is torch.int16:
+        for into, plane in zip((parameter, kept), split(x, parameter.dtype), strict=True):
+            into.copy_(plane)
     elif parameter.dtype is torch.bfloat16:
-        _split_bf16(x, parameter, kept, noise)
+        _to_24_bits_bf16(x, parameter, kept, noise)
     else:
-        _split_fp16(x, parameter, kept, noise)
+        _to_24_bits_fp16(x, parameter, kept, noise)
 
 
 def _canonical(x: Tensor) -> Tensor:
@@ -131,32 +125,25 @@ def _canonical(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), (bits & ~_MAGNITUDE) | _QUIET_NAN, bits)
 
 
-def _split_bf16(x: Tensor, parameter: Tensor, remainder: Tensor, noise: Tensor | None) -> None:
-    bits = _canonical(x)
-    places = 0
-    if remainder.dtype is torch.int8:
-        places = 8
-        # inf and the canonical NaN have these bits 0, and stay.
-        bits = (bits + (0x80 if noise is None else shift_right(noise, 24))) & ~0xFF
+def _to_24_bits_bf16(x: Tensor, parameter: Tensor, remainder: Tensor, noise: Tensor | None) -> None:
+    # inf and the canonical NaN have these bits 0, and stay.
+    bits = (_canonical(x) + (0x80 if noise is None else shift_right(noise, 24))) & ~0xFF
     upper = (bits + 0x8000) >> 16
     parameter.view(torch.int16).copy_(upper)
-    remainder.copy_((bits - (upper << 16)) >> places)
+    remainder.copy_((bits - (upper << 16)) >> 8)
 
 
-def _split_fp16(x: Tensor, parameter: Tensor, remainder: Tensor, noise: Tensor | None) -> None:
+def _to_24_bits_fp16(x: Tensor, parameter: Tensor, remainder: Tensor, noise: Tensor | None) -> None:
     parameter.copy_(x)
-    units = (x - parameter.float()).nan_to_num_(0, 0, 0) / _unit(parameter, remainder.dtype)
-    units = units.round_() if noise is None or remainder.dtype is torch.int16 else _floor_or_above(units, noise)
-    if remainder.dtype is torch.int8:
-        units.clamp_(-127, 127)
-    remainder.copy_(units)
+    units = (x - parameter.float()).nan_to_num_(0, 0, 0) / _unit(parameter)
+    units = units.round_() if noise is None else _floor_or_above(units, noise)
+    remainder.copy_(units.clamp_(-127, 127))
 
 
-def _unit(parameter: Tensor, remainder: torch.dtype) -> Tensor:
-    """What one count of the remainder of an fp16 parameter stands for: a power of two, float32."""
+def _unit(parameter: Tensor) -> Tensor:
+    """What one count of the int8 remainder of an fp16 parameter stands for: a power of two, float32."""
     field = (parameter.view(torch.int16).to(torch.int32) >> 10) & 0x1F
-    exponent = field - 39 if remainder is torch.int16 else field.clamp(min=1) - 33
-    return ((exponent + 127) << 23).view(torch.float32)
+    return ((field.clamp(min=1) - 33 + 127) << 23).view(torch.float32)
 
 
 def _stochastic(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""FP32 parameters stored as two 16-bit planes: FP32 to everybody, and already cast for products in bfloat16.
+"""FP32 parameters stored as two 16-bit planes: FP32 to everybody, and already cast for 16-bit products.
 
 ====== =====================================================================
-planes a float32 number as a bfloat16 and an int16, and back: exact
+planes a float32 number as a 16-bit one and an int16, and back
 tensor `SplitTensor`, the float32 tensor that is kept so
 store  `split_parameters` and `plain_parameters`, for a model
 ====== =====================================================================
@@ -9,13 +9,16 @@ store  `split_parameters` and `plain_parameters`, for a model
 
 from halfstep.split.planes import join, split
 from halfstep.split.store import plain_parameters, split_parameters
-from halfstep.split.tensor import SplitTensor, make_plain, on_plain, register
+from halfstep.split.tensor import PlainCopies, SplitTensor, make_plain, on_plain, on_temporary, parts, register
 
 __all__ = [
+    "PlainCopies",
     "SplitTensor",
     "join",
     "make_plain",
     "on_plain",
+    "on_temporary",
+    "parts",
     "plain_parameters",
     "register",
     "split",

@@ -1,6 +1,8 @@
-"""An FP32 number as two 16-bit ones: the bfloat16 nearest to it, and what is missing to its bits.
+"""An FP32 number as two 16-bit ones: the 16-bit number nearest to it, and what is missing.
 
-    hi = (bits + 0x8000) >> 16       the upper half, rounded half away from zero: a bfloat16
+**bfloat16.** The planes are the halves of the bits, the upper one rounded::
+
+    hi = (bits + 0x8000) >> 16       rounded half away from zero: a bfloat16
     lo = bits - (hi << 16)           in [-2^15, 2^15): an int16, the lower half of the bits
 
 Each `hi` owns 2^16 values of `lo`, so the pair says the same as the 32 bits, for every number that is not NaN. A NaN
@@ -10,7 +12,16 @@ Rounding is to nearest, but ties go away from zero instead of to even: an even `
 more than `lo` can tell apart. So `hi` differs from PyTorch's cast for one number in 65,536, by the last place of
 bfloat16.
 
-The same encoding is the ``exact`` master of `halfstep.optim.masters`, and of its kernels.
+**float16.** The exponents differ, so `lo` counts units that are a fixed part of the spacing of `hi`::
+
+    hi = x rounded to nearest even   PyTorch's cast
+    lo = (x - hi) / unit             unit = 2^(exponent field of hi - 39)
+
+A normal `hi` has |x - hi| <= 2^13 units, and each FP32 number there is a whole number of them: exact from 2^-16 up, and
+within 2^-40 below, where no two 16-bit numbers could hold an FP32 one (of those, half are smaller than any float16).
+Beyond 65504 it is inf, as in a cast, and a zero loses its sign.
+
+The same encodings are the ``exact`` master of `halfstep.optim.masters`, and of its kernels.
 """
 
 from __future__ import annotations
@@ -20,10 +31,23 @@ from torch import Tensor
 
 _NAN = float("nan")
 
+#: What an upper plane may be.
+FORMATS = (torch.bfloat16, torch.float16)
 
-def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The planes of a float32 tensor of any shape: bfloat16 and int16, with its strides where it is dense."""
+
+def split(x: Tensor, upper: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """The planes of a float32 tensor of any shape, with its strides where it is dense.
+
+    Args:
+        upper: bfloat16 or float16.
+
+    Returns:
+        The upper plane, and an int16 one.
+    """
     x = x.detach()
+    if upper is torch.float16:
+        hi = x.to(torch.float16)
+        return hi, ((x - hi.float()).nan_to_num_(0, 0, 0) / _unit(hi)).round_().to(torch.int16)
     nan = x.isnan()
     if nan.any() if x.device.type == "cpu" else True:  # elsewhere asking would wait for the device
         x = torch.where(nan, torch.full_like(x, _NAN).copysign(x), x)
@@ -34,5 +58,13 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(hi: Tensor, lo: Tensor) -> Tensor:
-    """The float32 tensor that two planes stand for; exact."""
+    """The float32 tensor that two planes stand for."""
+    if hi.dtype is torch.float16:
+        return hi.float().addcmul_(lo.float(), _unit(hi))
     return lo.to(torch.int32).add_(hi.view(torch.int16), alpha=1 << 16).view(torch.float32)
+
+
+def _unit(hi: Tensor) -> Tensor:
+    """What one count beside a float16 stands for: a power of two, float32."""
+    exponent = ((hi.view(torch.int16).to(torch.int32) >> 10) & 0x1F) - 39
+    return ((exponent + 127) << 23).view(torch.float32)

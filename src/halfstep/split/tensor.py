@@ -1,10 +1,10 @@
 """`SplitTensor`: a float32 tensor to everybody, two 16-bit planes in memory.
 
 What asks for the tensor's dtype, values, gradient or version, and what writes to it (in place, through views, through
-``.data``), meets the FP32 tensor. Only two things see more: autocast's cast to bfloat16 is the upper plane itself, no
+``.data``), meets the FP32 tensor. Only two things see more: autocast's cast to 16 bits is the upper plane itself, no
 copy and no time; and the kernels of `halfstep.optim` step both planes in one pass. For an op that PyTorch dispatches:
 
-    a cast to bfloat16 by autocast     the upper plane
+    autocast's cast to its format      the upper plane
     a view (transpose, slice, detach)  the same view of both planes: what is written to it arrives
     a lookup in an embedding           rows of both planes, joined
     zeros_like and its kin             by shape alone
@@ -43,7 +43,7 @@ Handler = Callable[..., Any]
 class SplitTensor(Tensor):
     """See the module. Make one with `SplitTensor.of`; `halfstep.split.store` puts them into a model."""
 
-    hi: Tensor  #: bfloat16: the nearest to each element
+    hi: Tensor  #: bfloat16 or float16: the nearest to each element
     lo: Tensor  #: int16: what is missing to the element's bits
 
     @staticmethod
@@ -62,17 +62,23 @@ class SplitTensor(Tensor):
         self.hi, self.lo = hi, lo
 
     @classmethod
-    def of(cls, x: Tensor) -> SplitTensor:
-        """A new tensor with the values of a float32 one."""
-        return cls(*split(x))
+    def of(cls, x: Tensor, upper: torch.dtype = torch.bfloat16) -> SplitTensor:
+        """A new tensor with the values of a float32 one; its upper plane is bfloat16 or float16."""
+        return cls(*split(x, upper))
 
     def joined(self) -> Tensor:
         """The values as a new plain float32 tensor, outside of any graph."""
-        return join(self.hi, self.lo)
+        x = join(self.hi, self.lo)
+        for told in on_temporary:
+            told(x)
+        return x
 
     def write(self, x: Tensor) -> None:
         """Put the values of a float32 tensor of this shape in place of these."""
-        hi, lo = split(x)
+        hi, lo = split(x, self.hi.dtype)
+        for told in on_temporary:
+            told(hi)
+            told(lo)
         with _versions_counted():
             self.hi.copy_(hi)
             self.lo.copy_(lo)
@@ -214,12 +220,12 @@ def _is_view(op: Op) -> bool:
 
 
 def _cast(op: Op, args: Any, kwargs: Any) -> Any:
-    """``x.to(dtype)``: to bfloat16 the upper plane; the plane itself where autocast asks, which only reads it."""
+    """``x.to(dtype)``: the upper plane where it has that type; the plane itself for autocast, which only reads it."""
     x = args[0]
     others = {name: value for name, value in kwargs.items() if name != "dtype" and value not in (None, False)}
     if others.pop("device", x.device) != x.device or others or not isinstance(x, SplitTensor):
         return NotImplemented
-    if kwargs.get("dtype") is not torch.bfloat16:
+    if kwargs.get("dtype") is not x.hi.dtype:
         return NotImplemented
     if not _casts_for_autocast():
         return x.hi.clone()
@@ -259,13 +265,15 @@ def _by_shape(op: Op, args: Any, kwargs: Any) -> Any:
 def _copy(op: Op, args: Any, kwargs: Any) -> Any:
     """``x.copy_(y)``: planes from planes where both have them."""
     into, source = args[0], args[1]
-    if isinstance(into, SplitTensor) and isinstance(source, SplitTensor):
+    if isinstance(into, SplitTensor) and isinstance(source, SplitTensor) and into.hi.dtype is source.hi.dtype:
         with _versions_counted():
             into.hi.copy_(source.hi)
             into.lo.copy_(source.lo)
         return into
     if not isinstance(into, SplitTensor):
         return NotImplemented
+    if isinstance(source, SplitTensor):
+        source = source.joined()
     into.write(source.to(torch.float32).expand(into.shape) if source.shape != into.shape else source.float())
     return into
 
@@ -319,6 +327,14 @@ _user = _User()
 #: Told, with the parameter and why, when a parameter becomes plain.
 on_plain: list[Callable[[Tensor, str], None]] = []
 
+#: Told of each tensor that is made for the time of one op, which dispatch modes do not see.
+on_temporary: list[Callable[[Tensor], None]] = []
+
+
+def parts(x: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that hold a tensor's memory: both planes, the upper first, or the tensor itself."""
+    return (x.hi, x.lo) if isinstance(x, SplitTensor) else (x,)
+
 
 @contextlib.contextmanager
 def _original() -> Iterator[None]:
@@ -338,6 +354,8 @@ def _user_cast(function: Any, args: Any, kwargs: Any) -> Any:
 def _set_data(function: Any, args: Any, kwargs: Any) -> Any:
     """``x.data = y``: the values of y where they can be kept in planes; else x is plain from here on."""
     x, new = args
+    if isinstance(new, SplitTensor) and not (isinstance(x, SplitTensor) and _same_but_for_values(x, new)):
+        new = new.joined()
     if isinstance(x, SplitTensor) and not isinstance(new, SplitTensor):
         of_its_own = new.numel() * new.element_size() == new.untyped_storage().nbytes()
         if new.dtype is torch.float32 and new.shape == x.shape and new.device == x.device and of_its_own:
@@ -345,13 +363,15 @@ def _set_data(function: Any, args: Any, kwargs: Any) -> Any:
                 x.write(new)
             return None
         make_plain(x, "its .data was set to a piece of another tensor" if not of_its_own else "its .data was replaced")
-    elif isinstance(x, SplitTensor) and x.shape == new.shape and x.device == new.device:
+    elif isinstance(x, SplitTensor):
         x.hi, x.lo = new.hi, new.lo
         return None
-    elif isinstance(new, SplitTensor):
-        new = new.joined()
     with _original():
         return function(x, new)
+
+
+def _same_but_for_values(x: SplitTensor, y: Any) -> bool:
+    return x.shape == y.shape and x.device == y.device and x.hi.dtype is y.hi.dtype
 
 
 #: Parts of PyTorch that ask every tensor for its storage and know that a subclass like this one has none.
@@ -412,9 +432,36 @@ _FUNCTIONS: dict[Any, Handler] = {
 }
 
 
+class PlainCopies:
+    """Plain float32 tensors in the place of split ones: what shares planes shares memory there too."""
+
+    def __init__(self) -> None:
+        self._wholes: dict[int, tuple[Tensor, Tensor]] = {}  # by the upper plane's storage, which is held here
+
+    def of(self, x: SplitTensor) -> Tensor:
+        storage = x.hi.untyped_storage()
+        if storage._cdata not in self._wholes:
+            everything = (storage.nbytes() // x.hi.element_size(),), (1,), 0
+            whole = join(x.hi.as_strided(*everything), x.lo.as_strided(*everything))
+            self._wholes[storage._cdata] = x.hi, whole
+        return self._wholes[storage._cdata][1].as_strided(x.size(), x.stride(), x.storage_offset())
+
+
 def held(x: Tensor) -> bool:
     """Whether a graph or a weak reference holds a tensor, so that PyTorch cannot exchange what it is."""
     return x._use_count() > 1 or bool(weakref.getweakrefs(x))  # type: ignore[attr-defined]
+
+
+def exchange(x: Tensor, new: Tensor) -> None:
+    """Make ``x`` the tensor that ``new`` is: the same object, with its gradient, hooks and attributes."""
+    new.grad = x.grad
+    attributes = {name: value for name, value in vars(x).items() if name not in ("hi", "lo")}
+    vars(new).update(attributes)
+    if x.is_leaf:
+        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if getattr(x, hooks) is not None:
+                setattr(new, hooks, getattr(x, hooks))
+    torch.utils.swap_tensors(x, new)  # type: ignore[no-untyped-call]  # torch's own function
 
 
 def make_plain(x: Tensor, because: str = "") -> None:
@@ -435,8 +482,7 @@ def make_plain(x: Tensor, because: str = "") -> None:
     plain: Tensor = x.joined()
     if is_parameter:
         plain = nn.Parameter(plain, x.requires_grad)
-    plain.grad = x.grad
-    torch.utils.swap_tensors(x, plain)  # type: ignore[no-untyped-call]  # torch's own function
+    exchange(x, plain)
     if is_parameter:
         for told in on_plain:
             told(x, because)

@@ -109,7 +109,7 @@ def _groups(optimizer: Optimizer, policy: Policy | None) -> Iterator[Group]:
             nearest = options.get("master") == "none" and options.get("rounding") == "nearest"
             yield Group(optimizer, options, trained, tuple(low) if nearest else (), (), False, True, True, False)
             continue
-        if isinstance(optimizer, MasterWeights) or (policy is not None and policy.master_weights):
+        if isinstance(optimizer, MasterWeights) or (policy is not None and policy.storage == "split"):
             yield Group(optimizer, options, trained, (), (), False, True, True, False)
             continue
         stepped = any(optimizer.state.get(p) for p in trained)

@@ -73,6 +73,16 @@ class Exchange:
         _follow([(local(parameter), local(master)) for parameter, master in self.masters.items()])
 
     @torch.no_grad()
+    def current(self) -> dict[Tensor, Tensor]:
+        """The masters as `follow` would make them, which is left to the next step: nothing changes here.
+
+        Masters that do round to their parameters are themselves, the others new tensors.
+        """
+        held = set(self.parameters())
+        present = {p: m for p, m in self.masters.items() if p in held and p.dtype in LOW_PRECISION}
+        return {p: m if rounds_to(m, p) else _followed(p, m) for p, m in present.items()}
+
+    @torch.no_grad()
     def pull_gradients(self, factors: Sequence[Tensor]) -> None:
         """Give masters their parameters' gradients, in FP32, and multiply all gradients by ``factors`` (0-d, FP32)."""
         present = [(parameter, parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
@@ -122,6 +132,15 @@ class Exchange:
                             if isinstance(value, Tensor) and value.dtype in LOW_PRECISION:
                                 values[key] = value.float()
             group["params"][:] = new
+
+
+def rounds_to(master: Tensor, parameter: Tensor) -> bool:
+    """Whether a parameter is its master's rounding; of a sharded (DTensor) one, this rank's part. Waits for it."""
+    return bool((local(parameter) == local(master).to(parameter.dtype)).all())
+
+
+def _followed(parameter: Tensor, master: Tensor) -> Tensor:
+    return torch.where(parameter == master.to(parameter.dtype), master, parameter.float())
 
 
 def _follow(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
@@ -36,8 +37,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from halfstep.autocast import LOW_PRECISION
 from halfstep.optim.clipping import clip_coefficient, inverse, multiply_, total_norm
-from halfstep.optim.master_weights.exchange import Exchange
+from halfstep.optim.loading import STALE, recover
+from halfstep.optim.master_weights.exchange import Exchange, rounds_to
 from halfstep.optim.master_weights.state_view import StateView, with_masters, without_masters
 
 
@@ -114,6 +117,7 @@ class MasterWeights(Optimizer):
         self.optimizer = optimizer
         self._exchange = Exchange(optimizer, masters)
         self._has_stepped = has_stepped
+        self._loaded: list[Tensor] = []  # parameters whose masters came from a file, until the next step
         self._clip: Tensor | None = None  # the factor that clip_grad_norm_ found for the next step
         for hooks in ("step_pre", "step_post", "state_dict_pre", "state_dict_post"):
             setattr(self, f"_optimizer_{hooks}_hooks", OrderedDict())
@@ -160,6 +164,7 @@ class MasterWeights(Optimizer):
         if self._exchange.is_made:
             yield
             return
+        self._say_what_is_stale()
         self._exchange.follow()
         try:
             self._exchange.make()
@@ -288,10 +293,11 @@ class MasterWeights(Optimizer):
         """The optimizer's state dict with each master among its parameter's state, FP32."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        if not self._exchange.is_made:
-            self._exchange.follow()  # a model loaded since the last step must not be undone by this state
+        # Of a model that was written to since the last step, what is there now; the masters themselves wait, because
+        # what was written may be taken back before the next step (an average that is swapped in to be saved).
+        masters = self._exchange.masters if self._exchange.is_made else self._exchange.current()
         state = self.optimizer.state_dict()
-        everything = with_masters(state["state"], self._exchange.parameters(), self._exchange.masters)
+        everything = with_masters(state["state"], self._exchange.parameters(), masters)
         state = {**state, "state": everything}
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state)
@@ -301,7 +307,9 @@ class MasterWeights(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or a plain one of the optimizer (masters then start from the parameters).
 
-        Masters win over the parameters' present values: the parameters are written from them.
+        A master counts where it rounds to its parameter at the next step, so model and optimizer may be loaded in
+        either order; where it does not, because the model was trained on by other means, the parameter counts, and a
+        warning says so.
 
         Raises:
             ValueError: shapes or groups do not match; nothing has changed then.
@@ -322,15 +330,26 @@ class MasterWeights(Optimizer):
             self._exchange.undo()
         with torch.no_grad():
             for parameter, master in loaded.items():
-                self.of(parameter).copy_(master)  # an FP32 parameter is its own master
-        if loaded:
-            self.cast_back()
-            self._has_stepped = True
+                if parameter.dtype in LOW_PRECISION:
+                    self.of(parameter).copy_(master)
+                else:  # its own master
+                    recover(parameter, master)
+        self._has_stepped = self._has_stepped or bool(loaded)
+        self._loaded = list(loaded)
         self._clip = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     # ------------------------------------------------------------------ helpers, in the order of their first use
+
+    def _say_what_is_stale(self) -> None:
+        """Once after a load: which masters are not of the weights that are there."""
+        loaded, self._loaded = self._loaded, []
+        masters = self._exchange.masters
+        stale = [p for p in loaded if p in masters and not rounds_to(masters[p], p)]
+        if stale:
+            names = {id(p): f"{index} {tuple(p.shape)}" for index, p in enumerate(self._exchange.parameters())}
+            warnings.warn(STALE.format(", ".join(names.get(id(p), str(tuple(p.shape))) for p in stale)), stacklevel=3)
 
     def _factors(self) -> list[Tensor]:
         """What to multiply gradients by on their way to the masters: a scaler's 1 / scale, then the clipping's."""
