@@ -34,7 +34,7 @@ def run(
     policy: Annotated[
         str,
         typer.Option(
-            help="auto, fp32, tf32, bf16-mixed, fp16-mixed, bf16-master or fp8-mixed:emulate, "
+            help="auto, fp32, tf32, bf16-mixed, fp16-mixed, bf16-master, fp16-master or fp8-mixed:emulate, "
             "with options: bf16-mixed:keep_fp32=head."
         ),
     ] = "auto",
