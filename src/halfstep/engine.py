@@ -70,6 +70,7 @@ from halfstep.optim.surveying import gradient_coefficient
 from halfstep.policy import Policy, resolve
 from halfstep.scale import GradScaler
 from halfstep.scale.fused import asks_first
+from halfstep.split import NarrowGradients
 from halfstep.transfer import moved
 
 
@@ -136,7 +137,8 @@ class MixedPrecision:
     Raises:
         UnknownPolicyError: no policy has this name.
         NoSuchModuleError: a ``keep_fp32`` pattern matches no module.
-        ValueError: the model has no parameters, or they are in a 16-bit format that the policy does not train.
+        ValueError: the model has no parameters, or they are in a 16-bit format that the policy does not train; or the
+            optimizer takes no 16-bit gradients, where the policy keeps them so (``grads=bf16``).
     """
 
     def __init__(
@@ -161,6 +163,9 @@ class MixedPrecision:
         holds_masters = isinstance(optimizer, MasterOptimizer)
         self.masters = MasterWeights(optimizer) if brings_16_bits and not holds_masters else None
         self.left_plain = store_in_planes(model, self.policy)
+        if self.policy.grads == "bf16":
+            _require_narrow_gradients(model, optimizer)
+            self._narrow = NarrowGradients(stepped)
         if scaler is not None and not self.policy.loss_scaling:
             raise ValueError(f"{self.policy} does not scale the loss: a scaler would only cost a pass over memory")
         self.scaler = scaler or GradScaler(self.device_type, enabled=self.policy.loss_scaling)
@@ -356,6 +361,16 @@ class MixedPrecision:
             warnings.warn(STALE.format(", ".join(stale)), stacklevel=2)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict["scaler"])
+
+
+def _require_narrow_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if not isinstance(optimizer, MasterOptimizer):
+        raise ValueError(
+            f"grads=bf16 needs an optimizer of halfstep.optim: {type(optimizer).__name__} wants gradients of its "
+            "parameters' type, so they would be FP32 all at once in the step"
+        )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError("grads=bf16 does not go with DistributedDataParallel, whose buckets are FP32: leave it out")
 
 
 def _require_format(model: nn.Module, policy: Policy) -> None:

@@ -23,7 +23,7 @@ arithmetic. It exists only emulated, and ``auto`` never takes it.
 
 Options follow the name, fields separated by ``:`` and items by ``+``, in this order when written::
 
-    bf16-mixed:keep_fp32=blocks.*.mlp.wo+head:fp32_ops=softmax:low_ops=cumsum:rules=cuda:storage=split:emulate
+    bf16-mixed:keep_fp32=blocks.*.mlp.wo+head:fp32_ops=softmax:low_ops=cumsum:rules=cuda:storage=split:grads=bf16:emulate
 
 Neither commas (which separate policies), spaces nor shell operators: the text goes unquoted, but for ``*``, wherever a
 name goes. A character of a pattern that means something here is written as ``%`` and its two hexadecimal digits.
@@ -46,6 +46,7 @@ from halfstep.hardware import DeviceFacts
 
 Rules = Literal["torch", "cuda"]
 Storage = Literal["plain", "split"]
+Grads = Literal["fp32", "bf16"]
 
 
 def _storage_of(name: str) -> Storage:
@@ -89,6 +90,7 @@ class Policy:
     emulate: bool = False  #: round around FP32 arithmetic instead of using 16-bit kernels
     #: FP32 parameters as they are, or as two 16-bit planes (`halfstep.split`); None: what the name says.
     storage: Storage | None = None
+    grads: Grads = "fp32"  #: gradients of split parameters, between backward and step, where nothing is accumulated
 
     def __post_init__(self) -> None:
         if self.storage is None:
@@ -124,6 +126,12 @@ class Policy:
                 f"storage=split keeps parameters ready for 16-bit products: it goes with bf16-mixed and fp16-mixed, "
                 f"not with {self.name}"
             )
+        if self.grads not in get_args(Grads):
+            raise PolicyOptionError(f"grads is {' or '.join(get_args(Grads))}, not {self.grads!r}")
+        if self.grads == "bf16" and (self.storage != "split" or self.compute_dtype is not torch.bfloat16):
+            raise PolicyOptionError(
+                f"grads=bf16 keeps gradients as bfloat16 products give them: it goes with bf16-master, not {self.name}"
+            )
         if self.storage == "plain" and _storage_of(self.name) == "split":
             raise PolicyOptionError(f"{self.name}:storage=plain is {self.name.replace('-master', '-mixed')}")
         used = [field for field, _ in self._written()]
@@ -138,6 +146,7 @@ class Policy:
         found = [(field, "+".join(_quote(item) for item in getattr(self, field))) for field in _LISTS]
         found.append(("rules", self.rules if self.rules != "torch" else ""))
         found.append(("storage", str(self.storage) if self.storage != _storage_of(self.name) else ""))
+        found.append(("grads", self.grads if self.grads != "fp32" else ""))
         return [(field, text) for field, text in found if text] + ([("emulate", "")] if self.emulate else [])
 
     @property
@@ -310,17 +319,17 @@ def _split(text: str) -> tuple[str, dict[str, Any]]:
             raise PolicyOptionError(f"option {key!r} stands twice in {text.strip()!r}")
         if key in _LISTS and value:
             options[key] = tuple(unquote(item, errors="surrogatepass") for item in value.split("+"))
-        elif key in ("rules", "storage") and value:
+        elif key in ("rules", "storage", "grads") and value:
             options[key] = value
         elif key == "emulate" and not equals:
             options[key] = True
         else:
-            near = difflib.get_close_matches(key, [*_LISTS, "rules", "storage", "emulate"], n=1)
+            near = difflib.get_close_matches(key, [*_LISTS, "rules", "storage", "grads", "emulate"], n=1)
             hint = f" Did you mean {near[0]!r}?" if near and near[0] != key else ""
             raise PolicyOptionError(
                 f"unknown option {field!r} in policy {text.strip()!r}.{hint} Options: "
                 "keep_fp32=PATTERN+…, fp32_ops=OP+…, low_ops=OP+…, rules=torch or rules=cuda, storage=plain or "
-                "storage=split, emulate."
+                "storage=split, grads=fp32 or grads=bf16, emulate."
             )
     return name, options
 

@@ -91,3 +91,29 @@ def test_a_weight_whose_memory_is_asked_for_is_named_with_the_line(launch: Calla
     ran = launch(script, "bf16-mixed:storage=split")
     (notice,) = [n for n in ran.record.notices if n.code == "plain-storage"]
     assert ran.out["plain"] and "data_ptr() was asked of it" in notice.message and notice.where
+
+
+def test_16_bit_gradients_are_for_optimizers_that_take_them(launch: Callable[..., Any]) -> None:
+    script = """
+    import sys
+    import torch
+    from torch import nn
+    from halfstep import optim
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = (torch.optim if "torch" in sys.argv else optim).AdamW(model.parameters(), lr=1e-2)
+    losses, dtypes = [], set()
+    for step in range(6):
+        loss = model(torch.randn(4, 8)).square().mean()
+        loss.backward()
+        dtypes.add(str(model[0].weight.grad.dtype))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    torch.save({"losses": losses, "dtypes": sorted(dtypes)}, "out.pt")
+    """
+    wide, narrow = launch(script, "bf16-master"), launch(script, "bf16-master:grads=bf16")
+    assert wide.out["losses"] == narrow.out["losses"] and not wide.codes and not narrow.codes
+    assert (wide.out["dtypes"], narrow.out["dtypes"]) == (["torch.float32"], ["torch.bfloat16"])
+    other = launch(script, "bf16-master:grads=bf16", "torch")
+    assert other.codes == {"fp32-gradients"} and other.out["dtypes"] == ["torch.float32"]

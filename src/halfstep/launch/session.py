@@ -35,6 +35,7 @@ from halfstep.optim.loading import STALE, load_beside_masters
 from halfstep.policy import Policy
 from halfstep.record import Memory, Notice, Step
 from halfstep.scale import KeptStatistics
+from halfstep.split import NarrowGradients
 
 Original = Callable[..., Any]
 
@@ -101,6 +102,8 @@ class Session:
         self._scaling = ScriptScaling()
         self._statistics = KeptStatistics()
         self._islands = ScriptIslands()
+        self._narrow: list[NarrowGradients] = []
+        self._narrowed: set[int] = set()
 
     # ------------------------------------------------------------------ forward
 
@@ -264,6 +267,8 @@ class Session:
         """Leave nothing behind: hooks on the script's tensors go, a started memory measurement ends."""
         self.steps.close()
         self._islands.remove()
+        for narrow in self._narrow:
+            narrow.remove()
         self._scaling.close()
 
     # ------------------------------------------------------------------ helpers, in the order of their first use
@@ -315,6 +320,21 @@ class Session:
         """The script's optimizers that hold masters themselves."""
         return [optimizer for optimizer in list(self.stepped) if isinstance(optimizer, MasterOptimizer)]
 
+    def _narrow_gradients(self, module: nn.Module) -> None:
+        takes_them = _parameters(o for o in self._holding_masters() if o.release is None)
+        narrow = [p for p in module.parameters() if id(p) in takes_them and id(p) not in self._narrowed]
+        replicated = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in module.modules())
+        if not narrow or replicated:
+            self.notice(
+                "fp32-gradients",
+                "grads=bf16 has no effect on a replicated model, whose buckets are FP32"
+                if replicated
+                else "grads=bf16 has no effect: only the optimizers of halfstep.optim take 16-bit gradients",
+            )
+            return
+        self._narrow.append(NarrowGradients(narrow))
+        self._narrowed.update(map(id, narrow))
+
     def _give_masters(self) -> None:
         """Masters for 16-bit parameters that the script made itself, and steps with an optimizer that has none."""
         for optimizer in list(self.stepped):
@@ -337,6 +357,8 @@ class Session:
     def store(self, module: nn.Module) -> None:
         """Put the module's parameters into planes, where the policy says so."""
         left = store_in_planes(module, self.policy)
+        if self.policy.grads == "bf16":
+            self._narrow_gradients(module)
         if left:
             name, why = next(iter(left.items()))
             self.notice(
