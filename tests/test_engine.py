@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from halfstep import hardware
 from halfstep.engine import MixedPrecision, StepResult
+from halfstep.optim import backends
 from halfstep.policy import POLICIES, Policy, UnknownPolicyError, choose
 from halfstep.scale import GradScaler
 from halfstep.split import SplitTensor, join, split
@@ -33,8 +34,8 @@ def make_model() -> nn.Sequential:
     )
 
 
-def make_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=0.02)
+def make_optimizer(parameters: Any, fused: bool | None = None) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.02, fused=fused)
 
 
 def data(step: int, part: int, overflow_at: int | None = None) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,8 @@ def by_hand(policy: Policy, overflow_at: int | None) -> tuple[nn.Module, Any, li
     model = make_model()
     stored = [m.weight for m in model if isinstance(m, nn.Linear)] if policy.storage == "split" else []
     _as_stored(stored, policy)
-    optimizer = make_optimizer(model.parameters())
+    # Parameters in planes are stepped in one pass, which has the bits of the fused form.
+    optimizer = make_optimizer(model.parameters(), fused=policy.storage == "split" and not backends.lacking("cpu"))
     scaler = torch.amp.GradScaler("cpu", enabled=policy.loss_scaling)
     losses, norms = [], []
     for step in range(STEPS):

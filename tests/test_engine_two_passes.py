@@ -63,6 +63,10 @@ def torch_sgd(parameters: Any) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, lr=0.02)
 
 
+def kernels(parameters: Any) -> optim.AdamW:
+    return optim.AdamW(parameters, lr=0.02, backend="native")
+
+
 def fused_adamw(parameters: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=0.02, fused=True)
 
@@ -113,7 +117,9 @@ def moments_of(mp: MixedPrecision) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_numbers_are_those_of_the_torch_optimizer(policy: str, max_grad_norm: float | None) -> None:
     overflow_at = [3] if policy in SCALED else []
-    theirs, ours = engine(policy, torch_adamw), engine(policy, adamw)
+    # Parameters in planes are stepped in one pass, with the bits of the fused form, which are the kernels'.
+    in_planes = policy in ("bf16-master", "fp16-master") and _native()
+    theirs, ours = engine(policy, torch_adamw), engine(policy, kernels if in_planes else adamw)
     assert ours.masters is None
     losses, results = train(theirs, range(STEPS), overflow_at, max_grad_norm)
     our_losses, our_results = train(ours, range(STEPS), overflow_at, max_grad_norm)
@@ -126,7 +132,11 @@ def test_the_numbers_are_those_of_the_torch_optimizer(policy: str, max_grad_norm
         assert norms[0] == pytest.approx(norms[1], rel=1e-6, nan_ok=True)
     assert equal(masters_of(ours), masters_of(theirs))
     assert equal(ours.model.state_dict(), theirs.model.state_dict())
-    assert equal(moments_of(ours), moments_of(theirs))
+    if in_planes:  # PyTorch's own fused kernel, which steps vectors, rounds moments its way
+        for one, other in zip(moments_of(ours), moments_of(theirs), strict=True):
+            assert all(torch.allclose(value, other[name], rtol=1e-6, atol=1e-9) for name, value in one.items())
+    else:
+        assert equal(moments_of(ours), moments_of(theirs))
     assert ours.scaler.state_dict() == theirs.scaler.state_dict()
     assert all(p.grad is None for p in ours.model.parameters())
 

@@ -64,6 +64,7 @@ from halfstep.autocast.explanation import Explanation, explain
 from halfstep.checkpoint import save
 from halfstep.observe.bad_steps import BadStepWatch
 from halfstep.optim import MasterOptimizer, MasterWeights
+from halfstep.optim.fused_on_planes import in_one_pass
 from halfstep.optim.loading import STALE, load_beside_masters
 from halfstep.optim.release import GradientRelease
 from halfstep.optim.surveying import gradient_coefficient
@@ -285,7 +286,8 @@ class MixedPrecision:
                 norm = [nn.utils.clip_grad_norm_(parameters, max_grad_norm)]
             if scaler.is_enabled() and asks_first(optimizer):
                 read = scaler.read(optimizer, *norm)  # where the host has to wait anyway, it waits for all of it
-            scaler.step(optimizer)
+            with in_one_pass(optimizer):
+                scaler.step(optimizer)
         if masters is not None and not scaler.is_enabled():
             masters.cast_back()
         # The norm is read behind the step, not before it: the device would have nothing to do meanwhile.

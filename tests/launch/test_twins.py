@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from halfstep.optim import backends
+
 #: A script with what real ones have: BatchNorm and LayerNorm, accumulation, clipping, a scheduler, a loss outside.
 PLAIN = """
     import torch
@@ -49,6 +51,8 @@ def by_hand(policy: str) -> str:
         source = source.replace("loss.backward()", "scaler.scale(loss).backward()")
         source = source.replace("norms.append(", "scaler.unscale_(optimizer)\n        norms.append(")
         source = source.replace("optimizer.step()", "scaler.step(optimizer)\n        scaler.update()")
+    if policy == "bf16-master" or "split" in policy:  # parameters in planes are stepped in one pass, as fused ones
+        source = source.replace("lr=1e-2)", f"lr=1e-2, fused={not backends.lacking('cpu')})")
     assert source != PLAIN
     return source
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import halfstep
 from halfstep import optim
 from halfstep.optim import backends
+from halfstep.optim.fused_on_planes import in_one_pass
 from halfstep.split import SplitTensor, split_parameters
 from halfstep.split import tensor as split_tensor
 
@@ -164,3 +165,58 @@ def test_islands_stay_plain() -> None:
     mp = halfstep.MixedPrecision(net, torch.optim.SGD(net.parameters(), 0.1), "bf16-mixed:keep_fp32=1:storage=split")
     assert isinstance(net[0].weight, SplitTensor) and type(net[1].weight) is nn.Parameter
     assert mp.left_plain == {}
+
+
+FORMS: dict[str, dict[str, Any]] = {"the default": {}, "foreach": {"foreach": True}, "a loop": {"foreach": False}}
+
+
+@native
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", FUSED)
+def test_pytorchs_other_forms_are_stepped_in_one_pass_with_the_bits_of_the_fused_one(
+    name: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (name, form) == ("adamw tensor lr", "foreach"):
+        pytest.skip("PyTorch has no such form")
+
+    def other(parameters: Any) -> torch.optim.Optimizer:
+        optimizer = FUSED[name](parameters)
+        options = {key: value for key, value in optimizer.defaults.items() if key not in ("fused", "foreach")}
+        options = {key: value for key, value in options.items() if key != "decoupled_weight_decay"}
+        return type(optimizer)(parameters, **options, **FORMS[form])
+
+    fused, split = model(), model()
+    for net in (fused, split):
+        split_parameters(net)
+    weights, state = trained(fused, FUSED[name])
+    optimizer = other(list(split.parameters()))
+    own = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
+    with monkeypatch.context() as patched:
+        patched.setattr(split_tensor, "_on_joined", lambda op, *_: pytest.fail(f"{op} joined a parameter"))
+        for step in range(30):
+            generator = torch.Generator().manual_seed(step)
+            for p in split.parameters():
+                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+            with in_one_pass(optimizer):
+                optimizer.step()
+    assert all(torch.equal(a.detach().clone(), b) for a, b in zip(split.parameters(), weights, strict=True))
+    assert own == [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    for index, entries in optimizer.state_dict()["state"].items():
+        assert all(
+            torch.equal(value, state["state"][index][entry]) for entry, value in entries.items() if value is not None
+        )
+
+
+def test_what_has_no_fused_form_is_stepped_as_it_is() -> None:
+    class Mine(torch.optim.AdamW):
+        pass
+
+    layer = nn.Linear(4, 4)
+    split_parameters(layer)
+    layer.weight.grad = torch.ones(4, 4)
+    for optimizer in (Mine(layer.parameters()), torch.optim.RMSprop(layer.parameters())):
+        with in_one_pass(optimizer):
+            assert not optimizer.param_groups[0].get("fused")
+    plain = torch.optim.AdamW(nn.Linear(4, 4).parameters())
+    with in_one_pass(plain):
+        assert not plain.param_groups[0]["fused"]

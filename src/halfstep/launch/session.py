@@ -31,6 +31,7 @@ from halfstep.launch.reading import OnDevice
 from halfstep.launch.scaling import OverflowInClosure, ScriptScaling, scale_of
 from halfstep.launch.steps import StepObserver
 from halfstep.optim import MasterOptimizer, MasterWeights
+from halfstep.optim.fused_on_planes import in_one_pass
 from halfstep.optim.loading import STALE, load_beside_masters
 from halfstep.policy import Policy
 from halfstep.record import Memory, Notice, Step
@@ -201,7 +202,8 @@ class Session:
         self.steps.starts(parameters)
         self._local.in_step = True
         try:
-            result, applied, scale = self._stepped_by_policy(original, optimizer, args, kwargs)
+            with in_one_pass(optimizer):
+                result, applied, scale = self._stepped_by_policy(original, optimizer, args, kwargs)
         finally:
             self._local.in_step = False
         if grad_norm is None:  # a closure has made the gradients only now

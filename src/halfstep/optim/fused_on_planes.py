@@ -5,24 +5,70 @@
 call go to PyTorch's own kernel. Where no fast kernel is at hand, or PyTorch wants a loss scale divided out of the
 gradients in memory, the op goes the way of any other: tensor by tensor, joined.
 
-PyTorch's other forms (one tensor at a time, ``foreach``) are sequences of ordinary ops and keep their bits.
+PyTorch's other forms (one tensor at a time, ``foreach``) are sequences of ordinary ops, each of which joins and splits
+a parameter. `in_one_pass` gives them the fused form for a step, and its bits: some elements in a thousand are rounded
+otherwise than in theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from halfstep.optim import backends, moments
-from halfstep.optim.layout import flat, is_dense, like
+from halfstep.optim.layout import flat, is_dense, is_sharded, like
 from halfstep.optim.rules import SGD, Adam, Rule
 from halfstep.optim.update import Job
 from halfstep.split import SplitTensor, register
 
 aten = torch.ops.aten
+
+
+#: PyTorch's optimizers that have a fused form, which is one op.
+ONE_OP = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
+
+@contextlib.contextmanager
+def in_one_pass(optimizer: Optimizer) -> Iterator[None]:
+    """Within, ``optimizer.step()`` of PyTorch's AdamW, Adam or SGD is its fused form where it meets planes.
+
+    Groups that are fused already, that hold no parameter in planes, or that the kernels cannot step, stay as they are;
+    so does any other optimizer, subclasses of these included.
+    """
+    changed: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    if type(optimizer) in ONE_OP:
+        for group in optimizer.param_groups:
+            if not group.get("fused") and _can_be_one_op(group):
+                changed.append((group, {name: group[name] for name in ("fused", "foreach")}))
+    try:
+        for group, _ in changed:
+            group.update(fused=True, foreach=False)
+            for parameter in group["params"]:
+                step = optimizer.state[parameter].get("step") if parameter in optimizer.state else None
+                if isinstance(step, Tensor) and step.device != parameter.device:
+                    optimizer.state[parameter]["step"] = step.to(parameter.device)
+        yield
+    finally:
+        for group, own in changed:
+            group.update(own)
+
+
+def _can_be_one_op(group: dict[str, Any]) -> bool:
+    stepped = [p for p in group["params"] if p.grad is not None]
+    if group.get("differentiable") or not any(isinstance(p, SplitTensor) for p in stepped):
+        return False
+    return all(
+        p.dtype is p.grad.dtype is torch.float32
+        and p.grad.layout is torch.strided
+        and not is_sharded(p)
+        and not backends.lacking(p.device.type)
+        for p in stepped
+    )
 
 
 def _fused_adam(op: Any, args: Any, kwargs: Any) -> Any:
@@ -72,8 +118,9 @@ def _update(
     flag = None if found_inf is None else found_inf.reshape(())
     backend, _ = backends.choose("auto", device)
     backend.update(jobs, rule, stochastic=False, coefficient=None, found_inf=flag)
-    torch.autograd.graph.increment_version([p for i, p in enumerate(parameters) if i not in rest])
-    torch.autograd.graph.increment_version([p.hi for i, p in enumerate(parameters) if i not in rest])
+    stepped = [p for i, p in enumerate(parameters) if i not in rest]
+    torch.autograd.graph.increment_version(stepped)
+    torch.autograd.graph.increment_version([p.hi for p in stepped])
     if rest:
         part = {n: [v[i] for i in rest] if isinstance(v, list | tuple) and len(v) else v for n, v in given.items()}
         op(**part)
