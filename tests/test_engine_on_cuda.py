@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import halfstep
 from halfstep import MixedPrecision, optim
 from halfstep.policy import POLICIES, Policy
+from halfstep.split import SplitTensor
 
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -87,18 +88,29 @@ def test_a_mixed_policy_has_the_bits_of_the_loop_by_hand(policy: Policy, device:
 
 
 @on_devices
-@pytest.mark.parametrize("storage", [("exact", "fp32"), ("24bit", "8bit"), ("none", "bf16")], ids="-".join)
+@pytest.mark.parametrize("storage", [("planes", "fp32"), ("planes", "8bit"), ("24bit", "8bit"), ("none", "bf16")])
 @pytest.mark.parametrize("policy", ["bf16-master", "fp16-master"])
 def test_a_master_policy_trains_as_fp32_does(policy: str, storage: tuple[Any, Any], device: str) -> None:
-    """Losses of a few steps within what the format's rounding of activations moves them."""
+    """Losses of a few steps within what the format's rounding of activations moves them.
+
+    Of an FP32 model, in planes, and of one that is 16-bit already, with smaller masters.
+    """
     _, expected = by_hand(POLICIES["fp32"], device)
     model = made(device)
     master, state = storage
+    low = POLICIES[policy].compute_dtype
+    if master == "planes":
+        master = "exact"
+    else:
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                layer.to(low)
     optimizer = optim.AdamW(model.parameters(), lr=0.01, master=master, state=state)
     mp = MixedPrecision(model, optimizer, policy)
     losses = train(mp, device)
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 0.02
-    assert model[0].weight.dtype is POLICIES[policy].compute_dtype
+    assert model[0].weight.dtype is (torch.float32 if storage[0] == "planes" else low)
+    assert isinstance(model[0].weight, SplitTensor) == (storage[0] == "planes")
 
 
 @on_devices

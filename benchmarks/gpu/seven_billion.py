@@ -21,23 +21,24 @@ from gpu.ways import BASELINE, Trainer, Way, ours
 _BF16 = torch.bfloat16
 _MASTER = Way("", "bf16", "bf16-master", parameters=_BF16)
 
-#: bf16 weights are made as such: in FP32 the weights alone would be 27 GB more when the run begins.
+#: Where a model is 16-bit it is made so: in FP32 the weights alone would be 27 GB more when the run begins.
 WAYS = (
-    replace(_MASTER, name="bf16-master, 24bit + 8bit", optimizer=ours(master="24bit", state="8bit")),
+    replace(_MASTER, name="16-bit model, 24bit + 8bit", optimizer=ours(master="24bit", state="8bit")),
     replace(BASELINE, name="bf16 autocast, FP32 weights, torch AdamW"),
     replace(
         _MASTER,
-        name="bf16-master, 24bit + 8bit, gradients released",
+        name="16-bit model, 24bit + 8bit, gradients released",
         optimizer=ours(master="24bit", state="8bit", release_gradients=True),
     ),
-    replace(_MASTER, name="bf16-master, exact + fp32", optimizer=ours()),
-    replace(_MASTER, name="bf16-master, exact + bf16", optimizer=ours(state="bf16")),
+    replace(_MASTER, name="16-bit model, exact + fp32", optimizer=ours()),
+    replace(_MASTER, name="16-bit model, exact + bf16", optimizer=ours(state="bf16")),
     replace(
         _MASTER,
-        name="bf16-master, exact + fp32, gradients released",
+        name="16-bit model, exact + fp32, gradients released",
         optimizer=ours(release_gradients=True),
     ),
-    replace(_MASTER, name="bf16-master, exact + 8bit", optimizer=ours(state="8bit")),
+    replace(_MASTER, name="16-bit model, exact + 8bit", optimizer=ours(state="8bit")),
+    Way("bf16-master, bf16 gradients, 8-bit state", "bf16", "bf16-master:grads=bf16", ours(state="8bit")),
     Way("pure bf16, torch AdamW", "bf16", parameters=_BF16),
 )
 STEPS = 3

@@ -24,11 +24,12 @@ MOST_SECONDS = 4.0
 OF_LARGE = named(
     BASELINE.name,
     "halfstep bf16-mixed",
-    "halfstep bf16-master, 24bit + 8bit",
-    "halfstep bf16-master, exact + fp32",
+    "halfstep bf16-master",
+    "halfstep bf16-master, bf16 gradients, halfstep AdamW",
+    "halfstep 16-bit model, 24bit + 8bit",
     "torch pure bf16",
     "torch tf32",
-    "halfstep bf16-master, MasterWeights",
+    "halfstep 16-bit model, MasterWeights",
     "torch fp16 autocast, torch scaler",
     "halfstep fp16-mixed, halfstep AdamW",
     "torch fp32",
@@ -36,9 +37,10 @@ OF_LARGE = named(
 OF_COMPILED = named(
     BASELINE.name,
     "halfstep bf16-mixed",
-    "halfstep bf16-master, 24bit + 8bit",
+    "halfstep bf16-master",
     "halfstep bf16-mixed, halfstep AdamW",
-    "halfstep bf16-master, exact + fp32",
+    "halfstep bf16-master, bf16 gradients, halfstep AdamW",
+    "halfstep 16-bit model, 24bit + 8bit",
     "torch pure bf16",
     "torch fp16 autocast, torch scaler",
     "halfstep fp16-mixed",
@@ -51,7 +53,7 @@ def training(s: Section) -> None:
 
 def training_large(s: Section) -> None:
     measure(s, [*OF_LARGE, AGAIN], LARGE, rows=8, steps=8, needs=6)
-    for way in named(BASELINE.name, "halfstep bf16-master, 24bit + 8bit"):
+    for way in named(BASELINE.name, "halfstep 16-bit model, 24bit + 8bit"):
         if s.cuda and not s.tiny:
             largest_batch(s, way, LARGE, rows=(16, 24, 32, 48))
 

@@ -49,12 +49,16 @@ class Way:
 _BF16, _FP16 = torch.bfloat16, torch.float16
 
 BASELINE = Way("torch bf16 autocast", "bf16", autocast=_BF16)
+_IN_PLANES, _NARROW = "bf16-master", "bf16-master:grads=bf16"
 #: The order is that of running: when time is short, the last are left out.
 WAYS = (
     BASELINE,
     Way("halfstep bf16-mixed", "bf16", "bf16-mixed"),
-    Way("halfstep bf16-master, 24bit + 8bit", "bf16", "bf16-master", ours(master="24bit", state="8bit")),
-    Way("halfstep bf16-master, exact + fp32", "bf16", "bf16-master", ours()),
+    Way("halfstep bf16-master", "bf16", _IN_PLANES),
+    Way("halfstep bf16-master, bf16 gradients, halfstep AdamW", "bf16", _NARROW, ours()),
+    Way(
+        "halfstep 16-bit model, 24bit + 8bit", "bf16", _IN_PLANES, ours(master="24bit", state="8bit"), parameters=_BF16
+    ),
     Way("torch pure bf16", "bf16", parameters=_BF16),
     Way("torch tf32", "tf32"),
     Way("torch fp32", "fp32"),
@@ -63,11 +67,11 @@ WAYS = (
     Way("torch fp16 autocast, halfstep scaler", "fp16", autocast=_FP16, scaler=halfstep.GradScaler),
     Way("halfstep fp16-mixed", "fp16", "fp16-mixed"),
     Way("halfstep fp16-mixed, halfstep AdamW", "fp16", "fp16-mixed", ours()),
-    Way("halfstep bf16-master, MasterWeights", "bf16", "bf16-master"),
-    Way("halfstep bf16-master, exact + bf16", "bf16", "bf16-master", ours(state="bf16")),
-    Way("halfstep bf16-master, exact + 8bit", "bf16", "bf16-master", ours(state="8bit")),
-    Way("halfstep bf16-master, none + bf16", "bf16", "bf16-master", ours(master="none", state="bf16")),
-    Way("halfstep fp16-master, exact + fp32", "fp16", "fp16-master", ours()),
+    Way("halfstep bf16-master, bf16 gradients, 8-bit state", "bf16", _NARROW, ours(state="8bit")),
+    Way("halfstep 16-bit model, exact + fp32", "bf16", _IN_PLANES, ours(), parameters=_BF16),
+    Way("halfstep 16-bit model, MasterWeights", "bf16", _IN_PLANES, parameters=_BF16),
+    Way("halfstep 16-bit model, none + bf16", "bf16", _IN_PLANES, ours(master="none", state="bf16"), parameters=_BF16),
+    Way("halfstep fp16-master, halfstep AdamW", "fp16", "fp16-master", ours()),
     Way("halfstep tf32", "tf32", "tf32"),
     Way("halfstep fp32", "fp32", "fp32"),
 )
