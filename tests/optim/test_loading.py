@@ -461,8 +461,95 @@ def test_a_state_of_another_optimizer_is_refused() -> None:
     adam = optim.AdamW([weight], backend="eager")
     with pytest.raises(ValueError, match="has no exp_avg_sq: it is of another optimizer than Adam"):
         adam.load_state_dict(lion.state_dict())
-    with pytest.raises(ValueError, match="not the state of an optimizer"):
-        adam.load_state_dict({})
+    for kind in (torch.optim.AdamW, optim.AdamW):
+        with pytest.raises(KeyError, match="param_groups"):
+            kind([weight]).load_state_dict({})
+    with pytest.raises(KeyError, match="not the state of an optimizer: it has \\['weight'\\]"):
+        adam.load_state_dict({"weight": weight})
     assert not adam.state[weight]
     with pytest.raises(ValueError, match="max_norm must be a positive number, or inf for no clipping, not -1"):
         adam.clipped_step(-1)
+
+
+# Entries of somebody else ---------------------------------------------------------------------------------------------
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Slow weights kept in the state of the optimizer within, as libraries of such wrappers do."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base, self.param_groups, self.state, self.defaults = base, base.param_groups, base.state, base.defaults
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base.step(closure)
+        for group in self.base.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.base.state[p]
+                    if "slow_buffer" not in state:
+                        state["slow_buffer"] = torch.empty_like(p).copy_(p.detach())
+                    state["slow_buffer"].lerp_(p.detach(), 0.5)
+                    p.data.copy_(state["slow_buffer"])
+
+
+@pytest.mark.parametrize(("kind", "options"), [(optim.AdamW, {}), (optim.SGD, {"momentum": 0.9}), (optim.SGD, {})])
+@pytest.mark.parametrize("state", STATES)
+def test_slow_weights_of_a_lookahead_survive_a_reload(kind: Any, options: dict[str, Any], state: str) -> None:
+    def training(weights: list[Tensor], saved: dict[str, Any] | None, steps: range) -> tuple[list[Any], dict[str, Any]]:
+        parameters = [nn.Parameter(w.clone()) for w in weights]
+        optimizer = kind(parameters, lr=0.01, state=state, backend="eager", **options)
+        if saved is not None:
+            optimizer.load_state_dict(saved)
+        train(Lookahead(optimizer), parameters, steps)
+        return [p.detach() for p in parameters], through_a_file(optimizer.state_dict())
+
+    start = [p.detach() for p in made(torch.float32)]
+    expected, _ = training(start, None, range(6))
+    weights, saved = training(start, None, range(3))
+    resumed, _ = training(weights, saved, range(3, 6))
+    assert all(same_bits(a, b) for a, b in zip(expected, resumed, strict=True))
+
+
+def test_entries_of_somebody_else_come_back_as_torch_keeps_them() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    loaded: list[dict[str, Any]] = []
+    for kind in (torch.optim.AdamW, optim.AdamW):
+        optimizer = kind([weight])
+        weight.grad = torch.ones(4)
+        optimizer.step()
+        optimizer.state[weight].update(slow=torch.full((2, 2), 7.0), note=3, nested={"a": [torch.ones(1)]})
+        again = kind([weight])
+        again.load_state_dict(optimizer.state_dict())
+        loaded.append({k: v for k, v in again.state[weight].items() if k not in ("step", "exp_avg", "exp_avg_sq")})
+    theirs, ours = loaded
+    assert ours.keys() == theirs.keys() == {"slow", "note", "nested"}
+    assert torch.equal(ours["slow"], theirs["slow"]) and ours["note"] == 3
+    assert torch.equal(ours["nested"]["a"][0], theirs["nested"]["a"][0])
+
+
+def test_entries_of_somebody_else_without_a_step_leave_the_first_step_a_first_one() -> None:
+    def moved(extra: dict[str, Any]) -> Tensor:
+        weight = nn.Parameter(torch.ones(4))
+        optimizer = optim.AdamW([weight], backend="eager")
+        saved = optimizer.state_dict()
+        saved["state"][0] = extra
+        optimizer.load_state_dict(saved)
+        weight.grad = torch.ones(4)
+        optimizer.step()
+        assert optimizer.state[weight].keys() >= {"step", "exp_avg", *extra}
+        return weight.detach()
+
+    assert torch.equal(moved({"slow": torch.zeros(4)}), moved({}))
+
+
+def test_entries_of_somebody_else_keep_their_format_beside_16_bit_weights_and_are_exported() -> None:
+    model = nn.Linear(4, 4, bias=False).bfloat16()
+    optimizer = optim.AdamW(model.parameters())
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    slow = torch.full((4, 4), 1 + 2.0**-20)
+    optimizer.state[model.weight]["slow"] = slow
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert same_bits(optimizer.state[model.weight]["slow"], slow)
+    assert optimizer.state[model.weight]["slow"].data_ptr() != slow.data_ptr()
+    assert same_bits(optim.export_fp32(model, optimizer)[1]["state"][0]["slow"], slow)

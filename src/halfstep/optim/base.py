@@ -235,9 +235,10 @@ class MasterOptimizer(Optimizer):
 
         The state of an optimizer with other storage (another ``master`` or ``state``, or torch's own optimizer of this
         name) is converted to this one's. Hyperparameters are those of the state, as in torch; storage stays as it was
-        constructed.
+        constructed. Entries that somebody else keeps beside a parameter's state come back as they were saved.
 
         Raises:
+            KeyError: it has no ``param_groups`` or no ``state``, as in torch; nothing has changed then.
             ValueError: groups or shapes do not match; nothing has changed then.
         """
         load_state(self, state_dict)

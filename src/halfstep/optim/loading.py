@@ -3,7 +3,8 @@
 ``torch.optim.Optimizer.load_state_dict`` casts every floating-point state to its parameter's dtype, and integers with
 them: an int16 remainder of a bf16 parameter would come back as bf16. So this is its twin without the cast. Where saved
 and wanted storage differ (a run that goes on with 8-bit states; the state of ``torch.optim.AdamW``), the saved state is
-decoded to FP32 and encoded anew.
+decoded to FP32 and encoded anew. Entries that these optimizers do not know are somebody else's, who keeps them beside
+the state (the slow weights of a Lookahead, say): they come back as they were saved, on the parameter's device.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 #: Entries of a parameter group that say how numbers are stored; PyTorch's optimizers do not know them.
 STORAGE = ("master", "state", "rounding")
 CODES = (torch.int8, torch.uint8)
+#: What the rules of `halfstep.optim.rules` keep, whichever of them.
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 @torch.no_grad()
@@ -38,7 +41,7 @@ def load_state(optimizer: MasterOptimizer, state_dict: dict[str, Any]) -> None:
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = hook(optimizer, state_dict) or state_dict
     if not isinstance(state_dict.get("param_groups"), list) or not isinstance(state_dict.get("state"), dict):
-        raise ValueError(
+        raise KeyError(  # as PyTorch's
             f"not the state of an optimizer: it has {sorted(map(str, state_dict))}, not param_groups and state"
         )
     groups, saved_groups = optimizer.param_groups, copy.deepcopy(state_dict["param_groups"])
@@ -74,8 +77,8 @@ def load_state(optimizer: MasterOptimizer, state_dict: dict[str, Any]) -> None:
 
 def _check_complete(key: Any, rule: Rule, saved: dict[str, Any]) -> None:
     """Zeros in the place of what is missing, beside a count of many steps, would make for a huge update."""
-    if not saved or isinstance(rule, SGD):  # whose momentum begins with the first gradient after
-        return
+    if isinstance(rule, SGD) or not any(name in saved for name in ("step", *MOMENTS)):
+        return  # SGD's momentum begins with the first gradient after; others know of no step, as before the first
     missing = [name for name in ("step", *(name for name, _ in rule.states)) if saved.get(name) is None]
     if missing and not (missing == ["step"] and isinstance(rule, Lion)):  # Lions elsewhere do not count
         raise ValueError(
@@ -85,7 +88,8 @@ def _check_complete(key: Any, rule: Rule, saved: dict[str, Any]) -> None:
 
 
 def _check_shapes(key: Any, parameter: Tensor, saved: dict[str, Any]) -> None:
-    for name, value in saved.items():
+    for name in own_entries(saved):
+        value = saved[name]
         if not isinstance(value, Tensor) or name == "step":
             continue
         expected = moments.scale_shape(parameter.shape) if name.endswith("_scale") else tuple(parameter.shape)
@@ -104,15 +108,34 @@ def _converted(
     """The state of one parameter in this optimizer's storage."""
     rule = optimizer.rule(group)
     names = [name for name, _ in rule.states]
-    if not saved:
-        return {}
+    own = own_entries(saved)
+    foreign = {name: _moved(value, parameter) for name, value in saved.items() if name not in own}
+    if not own:
+        return foreign
     state = optimizer.new_state(parameter, group, rule)
     state["step"].fill_(_step(saved, names))
     for stream, (name, square) in enumerate(rule.states):
         if isinstance(saved.get(name), Tensor):
             _take_moment(optimizer, parameter, state, saved, name, square, stream)
     _take_master(parameter, state, saved)
-    return state
+    return {**state, **foreign}
+
+
+def own_entries(saved: dict[str, Any]) -> list[str]:
+    """Names of the entries that an optimizer of `halfstep.optim` makes, in whatever storage."""
+    names = {"step", *MOMENTS, *masters.NAMES, *(f"{name}_scale" for name in MOMENTS)}
+    return [name for name in saved if name in names]
+
+
+def _moved(value: Any, parameter: Tensor) -> Any:
+    """A copy of somebody else's entry with its tensors, at any depth, on the parameter's device; not cast."""
+    if isinstance(value, Tensor):
+        return value.detach().to(local(parameter).device, copy=True)
+    if isinstance(value, dict):
+        return {key: _moved(item, parameter) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(item, parameter) for item in value)
+    return copy.deepcopy(value)
 
 
 def _step(saved: dict[str, Any], names: list[str]) -> float:

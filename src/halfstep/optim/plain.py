@@ -15,6 +15,7 @@ numbers, bit for bit.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from halfstep.optim import moments
 from halfstep.optim.base import MasterOptimizer
 from halfstep.optim.layout import flat, is_dense, local
-from halfstep.optim.loading import STORAGE
+from halfstep.optim.loading import STORAGE, own_entries
 
 
 @torch.no_grad()
@@ -100,9 +101,12 @@ def _plain_state(optimizer: MasterOptimizer) -> dict[str, Any]:
             if index not in packed["state"]:
                 continue
             held = packed["state"][index]
-            plain: dict[str, Any] = {"step": held["step"].cpu().clone()}
-            for name, _ in rule.states:
-                plain[name] = _decoded(held[name], held.get(f"{name}_scale"), parameter)
+            own = own_entries(held)
+            plain = {name: copy.deepcopy(value) for name, value in held.items() if name not in own}
+            if "step" in held:
+                plain["step"] = held["step"].cpu().clone()
+                for name, _ in rule.states:
+                    plain[name] = _decoded(held[name], held.get(f"{name}_scale"), parameter)
             states[index] = plain
     groups = [{k: v for k, v in group.items() if k not in STORAGE} for group in packed["param_groups"]]
     return {"state": states, "param_groups": groups}
