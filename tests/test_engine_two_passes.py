@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from halfstep import optim
 from halfstep.engine import MixedPrecision, StepResult
-from halfstep.optim import backends
+from halfstep.optim import backends, masters
 from halfstep.policy import parse
 from halfstep.scale import GradScaler, HalfGradientError, LossScaleError, Skip
 
@@ -110,7 +110,7 @@ def masters_of(mp: MixedPrecision) -> list[Tensor]:
 
 def moments_of(mp: MixedPrecision) -> list[dict[str, Tensor]]:
     states = sorted(mp.state_dict()["optimizer"]["state"].items())
-    return [{k: v for k, v in state.items() if k not in ("master", "remainder")} for _, state in states]
+    return [{k: v for k, v in state.items() if k not in masters.NAMES} for _, state in states]
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, NO_CLIPPING])

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from halfstep import GradScaler, optim
+from halfstep.optim import moments
 
 PAIRS = [("exact", "fp32"), ("fp32", "fp32"), ("exact", "bf16"), ("24bit", "8bit"), ("none", "8bit")]
 
@@ -62,9 +63,10 @@ def as_unsharded(pair: tuple[str, str], clip: float | None) -> dict[str, Any]:
     masters = momenta = True
     for p, q in zip(whole.parameters(), sharded.parameters(), strict=True):
         masters &= torch.equal(mine(theirs.master(p)), ours.master(q))
-        first, other = mine(theirs.state[p]["exp_avg"]), ours.state[q]["exp_avg"].to_local()
+        names = [moments.entry(run.state[r], "exp_avg") for run, r in ((theirs, p), (ours, q))]
+        first, other = mine(theirs.state[p][names[0]]), ours.state[q][names[1]].to_local()
         momenta &= first.dtype is not other.dtype or torch.equal(first, other)
-    formats = sorted({str(s["exp_avg"].dtype) for s in ours.state.values()})
+    formats = sorted({str(s[moments.entry(s, "exp_avg")].dtype) for s in ours.state.values()})
     close = max(abs(a - b) / a for a, b in zip(*norms, strict=True)) if clip is not None else 0.0
     return {"masters": masters, "momenta": momenta, "formats": formats, "norm_error": close}
 

@@ -234,11 +234,16 @@ def test_groups_do_not_cross_rows(row: int, square: bool) -> None:
 
 
 def test_shapes_and_formats() -> None:
-    assert moments.row_length(torch.Size([5, 3, 2])) == 6
+    assert moments.row_length(torch.Size([5, 3, 64])) == 192 and moments.row_length((4096, 64)) == 64
     assert moments.row_length((7,)) == 7 and moments.row_length(()) == 1
     assert moments.scale_shape((7, 130)) == (7, 3) and moments.scale_shape((130,)) == (1, 3)
+    # Rows below 64: groups go through the whole tensor.
+    assert moments.row_length((5, 3, 2)) == 30 and moments.row_length((4096, 63)) == 4096 * 63
+    assert moments.scale_shape((4096, 16)) == (1, 1024) and moments.scale_shape((65, 63)) == (1, 64)
     assert moments.format_for("8bit", (64, 64)) == "8bit" and moments.format_for("8bit", (4096,)) == "8bit"
-    for small in ((63, 64), (4095,), (), (0, 64), (4096, 63), (1 << 20, 1)):
+    for short in ((4096, 16), (4096, 63), (1 << 20, 1), (512, 1, 3, 3)):  # of rows, not of numbers
+        assert moments.format_for("8bit", short) == "8bit"
+    for small in ((63, 64), (4095,), (), (0, 64), (63, 2)):
         assert moments.format_for("8bit", small) == "fp32"
         assert moments.format_for("bf16", small) == "bf16"
 

@@ -197,9 +197,10 @@ def test_groups_have_options_of_their_own(backend: str) -> None:
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    names = [set(optimizer.state[p]) - {"step", "exp_avg", "exp_avg_sq"} for p in parameters]
+    moments = [["exp_avg_codes", "exp_avg_sq_codes"], *[["exp_avg", "exp_avg_sq"]] * 3]
+    names = [set(optimizer.state[p]) - {"step", *ours} for p, ours in zip(parameters, moments, strict=True)]
     assert names == [{"remainder", "exp_avg_scale", "exp_avg_sq_scale"}, set(), {"compensation"}, {"remainder"}]
-    dtypes = [[optimizer.state[p][n].dtype for n in ("exp_avg", "exp_avg_sq")] for p in parameters]
+    dtypes = [[optimizer.state[p][n].dtype for n in ours] for p, ours in zip(parameters, moments, strict=True)]
     assert dtypes == [
         [torch.int8, torch.uint8],
         [torch.bfloat16, torch.bfloat16],
@@ -308,7 +309,7 @@ def test_a_group_may_be_added_after_steps() -> None:
     optimizer.add_param_group({"params": [q], "lr": 0.5, "master": "24bit"})
     optimizer.step()
     assert optimizer.state[p]["step"] == 2 and optimizer.state[q]["step"] == 1
-    assert optimizer.state[q]["remainder"].dtype is torch.int8 and q[0].item() == pytest.approx(0.5, abs=0.01)
+    assert optimizer.state[q]["fp16_remainder"].dtype is torch.int8 and q[0].item() == pytest.approx(0.5, abs=0.01)
     with pytest.raises(TypeError, match=r"shape \(2,\) is torch.float64"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2).double())]})
     with pytest.raises(ValueError, match="master must be one of"):
@@ -379,3 +380,42 @@ def test_an_empty_group() -> None:
     optimizer.step()
     with pytest.raises(ValueError, match="empty parameter list"):
         optim.AdamW([])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(4096, 16), (97, 63), (512, 1, 3, 3), (1 << 13, 1)])
+def test_short_rows_are_8_bit_too_in_groups_across_them(shape: tuple[int, ...], backend: str) -> None:
+    """LoRA's B, depthwise convolutions: the bits of the same numbers as one long row."""
+    torch.manual_seed(0)
+    rows = nn.Parameter(torch.randn(shape).bfloat16())
+    line = nn.Parameter(rows.detach().flatten().clone())
+    runs = [optim.AdamW([p], lr=0.01, state="8bit", amsgrad=True, backend=backend) for p in (rows, line)]
+    for _ in range(4):
+        rows.grad = torch.randn(shape).bfloat16()
+        line.grad = rows.grad.flatten()
+        for run in runs:
+            run.step()
+    assert same_bits(rows.detach().flatten(), line.detach())
+    kept, expected = runs[0].state[rows], runs[1].state[line]
+    assert kept["exp_avg_codes"].dtype is torch.int8 and kept["exp_avg_sq_codes"].dtype is torch.uint8
+    assert kept.keys() == expected.keys()
+    assert all(same_bits(kept[name].flatten(), expected[name].flatten()) for name in kept)
+    size = sum(kept[name].nbytes for name in kept if name.startswith("exp_avg"))
+    assert size <= (2 + 8 / 64) * rows.numel() + 8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_file_with_fp32_state_of_short_rows_is_encoded(backend: str) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4096, 16).bfloat16())
+    old = optim.AdamW([weight], state="fp32", backend=backend)
+    weight.grad = torch.randn_like(weight)
+    old.step()
+    new = optim.AdamW([nn.Parameter(weight.detach().clone())], state="8bit", backend=backend)
+    new.load_state_dict(old.state_dict())
+    looked_at = optim.AdamW([nn.Parameter(weight.detach().clone())], state="fp32", backend=backend)
+    looked_at.load_state_dict(new.state_dict())
+    first, second = (run.state[run.param_groups[0]["params"][0]] for run in (old, looked_at))
+    for name in ("exp_avg", "exp_avg_sq"):
+        before, after = first[name].double().abs().sqrt(), second[name].double().abs().sqrt()
+        assert 0 < (after - before).norm() <= 0.01 * before.norm()

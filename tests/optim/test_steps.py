@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,15 @@ from halfstep.optim.update import Survey
 
 Make = Callable[..., Any]
 FORMATS = [*LOW, torch.float32]
+#: Of a parameter that is resized: its format and master, and the entry that is easily forgotten.
+RESIZED = [
+    (torch.float32, "exact", ""),
+    (torch.bfloat16, "none", ""),
+    (torch.bfloat16, "exact", "remainder"),
+    (torch.bfloat16, "24bit", "remainder"),
+    (torch.float16, "exact", "fp16_remainder"),
+    (torch.bfloat16, "fp32", "master"),
+]
 
 
 # Loss scaling ---------------------------------------------------------------------------------------------------------
@@ -374,3 +384,80 @@ def test_a_survey_of_several_sets_is_that_of_one(monkeypatch: pytest.MonkeyPatch
 def survey_of_one(gradients: list[Tensor]) -> Survey:
     doubles = torch.cat(gradients).double()
     return Survey(doubles.square().sum(), torch.zeros(()), torch.stack([g.abs().amax() for g in gradients]))
+
+
+# Parameters that grow or are pruned -----------------------------------------------------------------------------------
+
+
+def resized(optimizer: Any, resize: Any, entries: tuple[str, ...]) -> nn.Parameter:
+    """As Gaussian splatting does it: another parameter in the group's place, with the state moved and resized."""
+    group = optimizer.param_groups[0]
+    old = group["params"][0]
+    state = optimizer.state.pop(old)
+    for name in entries:
+        state[name] = resize(state[name], True)
+    new = nn.Parameter(resize(old.detach(), False))
+    group["params"][0] = new
+    optimizer.state[new] = state
+    return new
+
+
+def grown(x: Tensor, zeros: bool) -> Tensor:
+    return torch.cat([x, torch.zeros_like(x[:5]) if zeros else x[:5]])
+
+
+def pruned(x: Tensor, zeros: bool) -> Tensor:
+    return x[torch.arange(len(x)) % 3 != 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("resize", [grown, pruned])
+@pytest.mark.parametrize(("dtype", "master", "entry"), RESIZED)
+def test_a_parameter_that_is_resized_takes_all_its_state_along_or_says_what_it_lacks(
+    dtype: torch.dtype, master: Any, entry: str, resize: Any, backend: str
+) -> None:
+    def run(entries: tuple[str, ...]) -> tuple[Any, nn.Parameter]:
+        torch.manual_seed(0)
+        options: Any = {"master": master, "backend": backend}
+        p = nn.Parameter(torch.randn(40, 7).to(dtype))
+        optimizer = optim.AdamW([("means", p)], lr=0.01, **options)
+        p.grad = torch.randn(40, 7).to(dtype)
+        optimizer.step()
+        p = resized(optimizer, resize, entries)
+        p.grad = torch.randn(p.shape).to(dtype)
+        return optimizer, p
+
+    moments = ("exp_avg", "exp_avg_sq")
+    optimizer, p = run(moments)
+    before = p.detach().clone()
+    if entry:
+        match = rf"parameter 0 'means' of shape \({len(p)}, 7\): {entry} has shape \(40, 7\).*may also be deleted"
+        with pytest.raises(ValueError, match=match):
+            optimizer.step()
+        assert torch.equal(p, before)
+        del optimizer.state[p][entry]
+        assert torch.equal(optimizer.master(p), p.float())
+    optimizer.step()
+    assert not torch.equal(p, before)
+    optimizer, p = run((*moments, entry) if entry else moments)
+    expected = optimizer.master(p)
+    optimizer.param_groups[0].update(lr=0.0)
+    optimizer.step()
+    assert torch.equal(optimizer.master(p), expected)
+    optimizer, p = run(moments[:1])
+    with pytest.raises(ValueError, match=r"exp_avg_sq has shape \(40, 7\)"):
+        optimizer.step()
+
+
+def test_parameters_that_were_replaced_are_let_go() -> None:
+    p = nn.Parameter(torch.randn(40, 7))
+    optimizer = optim.AdamW([p])
+    gone: list[weakref.ref[Tensor]] = []
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        gone.append(weakref.ref(p))
+        p = resized(optimizer, grown, ("exp_avg", "exp_avg_sq"))
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert [reference() for reference in gone] == [None] * 3

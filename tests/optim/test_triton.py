@@ -235,7 +235,7 @@ def test_more_jobs_than_a_program_prepares_each_with_its_own_step(device: str) -
 
 
 @gpu
-@pytest.mark.parametrize("shape", [(9000,), (3, 5000)], ids=str)
+@pytest.mark.parametrize("shape", [(9000,), (3, 5000), (600, 15)], ids=str)
 def test_parameters_of_several_chunks(shape: tuple[int, ...], device: str) -> None:
     rule = RULES["adamw"]
     ours = with_gradients([make_job(shape, rule, (BF16, "24bit", "stochastic"), "8bit", device)], BF16, 0)

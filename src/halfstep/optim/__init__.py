@@ -15,7 +15,7 @@
 
 from halfstep.optim.adam import Adam, AdamW
 from halfstep.optim.backends import BackendUnavailableError, SlowOptimizerWarning
-from halfstep.optim.base import MasterOptimizer
+from halfstep.optim.base import MasterOptimizer, MastersDroppedWarning
 from halfstep.optim.fused_on_planes import teach as _teach_fused_optimizers
 from halfstep.optim.lion import Lion
 from halfstep.optim.master_weights import MasterWeights
@@ -32,6 +32,7 @@ __all__ = [
     "Lion",
     "MasterOptimizer",
     "MasterWeights",
+    "MastersDroppedWarning",
     "SlowOptimizerWarning",
     "Survey",
     "export_fp32",

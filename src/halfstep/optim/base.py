@@ -10,6 +10,7 @@ and ``found_inf`` on an optimizer that says ``_step_supports_amp_scaling``, and 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from halfstep.autocast import LOW_PRECISION
 from halfstep.optim import backends, masters, moments, pages
 from halfstep.optim.adopting import adopt
 from halfstep.optim.backends import BackendName
@@ -32,7 +34,7 @@ from halfstep.optim.layout import (
     sharded_like,
     shards_first_dimension,
 )
-from halfstep.optim.loading import load_state
+from halfstep.optim.loading import load_state, renamed
 from halfstep.optim.masters import Master, Rounding
 from halfstep.optim.moments import State
 from halfstep.optim.options import check_storage
@@ -42,6 +44,10 @@ from halfstep.optim.surveying import gradient_coefficient, survey_of
 from halfstep.optim.update import Backend, Job, Survey
 from halfstep.split import SplitTensor
 from halfstep.transfer import moved
+
+
+class MastersDroppedWarning(UserWarning):
+    """Parameters changed their 16-bit format under an optimizer, and their masters' low bits are gone."""
 
 
 class MasterOptimizer(Optimizer):
@@ -178,6 +184,8 @@ class MasterOptimizer(Optimizer):
             if isinstance(parameter, SplitTensor):
                 in_planes.append(parameter)
             by_device.setdefault(job.parameter.device, []).append(job)
+        if self._jobs.dropped:
+            self._tell_of_dropped_masters()
         for device, jobs in by_device.items():
             self._backend(device).update(
                 jobs,
@@ -260,9 +268,11 @@ class MasterOptimizer(Optimizer):
             form = "fp32"
         for name, square in rule.states:
             dtype = (moments.SQUARE_DTYPES if square else moments.SIGNED_DTYPES)[form]
-            state[name] = pages.zeros_like(parameter, dtype)
             if form == "8bit":
+                state[f"{name}_codes"] = pages.zeros_like(parameter, dtype)
                 state[f"{name}_scale"] = _new_scale(parameter)
+            else:
+                state[name] = pages.zeros_like(parameter, dtype)
         return state
 
     def _job(
@@ -280,12 +290,49 @@ class MasterOptimizer(Optimizer):
                 "build the embedding with sparse=False, or give its parameters to torch.optim.SparseAdam"
             )
         state = self.state[parameter]
-        if "step" not in state or (states and states[-1][0] not in state):
-            state.update({**self.new_state(parameter, group, rule), **state})  # no step yet, or momentum only since now
+        if "step" not in state or (states and moments.entry(state, states[-1][0]) not in state):
+            self._complete(state, parameter, group, rule)
         kept_as = masters.extra(group["master"], _rounding(group), parameter.dtype)
-        if kept_as is not None and kept_as[0] not in state:  # the parameter was FP32 when it was stepped before
-            state[kept_as[0]] = self.new_state(parameter, group, rule)[kept_as[0]]
-        return self._jobs.job(parameter, gradient, state, states, kept_as, self._ordinal(parameter), copied)
+        if kept_as is not None:
+            kept = state.get(kept_as[0])
+            if kept is None or (kept.dtype is not kept_as[1] and kept.dtype in LOW_PRECISION):
+                # The parameter had another format when it was stepped before.
+                if kept is not None:
+                    self._jobs.dropped.append(parameter)
+                state[kept_as[0]] = self.new_state(parameter, group, rule)[kept_as[0]]
+        ordinal = self._ordinal(parameter)
+        return self._jobs.job(parameter, gradient, state, states, kept_as, ordinal, copied, self._name)
+
+    def _complete(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any], rule: Rule) -> None:
+        """Add what a state lacks: all before the first step, or a moment that hyperparameters ask for only now."""
+        new = self.new_state(parameter, group, rule)
+        for name, _ in rule.states:
+            if moments.entry(state, name) in state:
+                for entry in moments.entries(name):
+                    new.pop(entry, None)
+        state.update({**new, **state})
+
+    def _tell_of_dropped_masters(self) -> None:
+        dropped = self._jobs.dropped
+        names = ", ".join(self._name(parameter) for parameter in dropped[:3])
+        more = f" and {len(dropped) - 3} more" if len(dropped) > 3 else ""
+        dropped.clear()
+        warnings.warn(
+            f"the format of {names}{more} has changed since the last step: what was kept of the FP32 masters beside "
+            "the old one cannot be read beside the new one and is dropped; masters start from the weights as they are. "
+            "To keep it, take optim.export_fp32(model, optimizer) before model.half(), bfloat16() or float(), and "
+            "optim.import_fp32 after",
+            MastersDroppedWarning,
+            stacklevel=8,  # past what PyTorch puts around a step
+        )
+
+    def _name(self, parameter: Tensor) -> str:
+        """What messages call a parameter: its name where the groups were made of named parameters."""
+        group = self._group_of(parameter)
+        names = group.get("param_names")
+        index = next(i for i, p in enumerate(group["params"]) if p is parameter)
+        known = f" {names[index]!r}" if names is not None and index < len(names) else ""
+        return f"parameter {self._ordinal(parameter)}{known} of shape {tuple(parameter.shape)}"
 
     def _backend(self, device: torch.device) -> Backend:
         if device not in self._backends:
@@ -302,8 +349,9 @@ class MasterOptimizer(Optimizer):
         raise ValueError(f"this optimizer does not step the parameter of shape {tuple(parameter.shape)}")
 
     def _ordinal(self, parameter: Tensor) -> int:
-        if id(parameter) not in self._ordinals:
+        if id(parameter) not in self._ordinals:  # at first, and where a parameter was put in another's place
             self._ordinals = {id(p): i for i, p in enumerate(self._parameters())}
+            self._jobs.keep_only(self._ordinals)
         return self._ordinals[id(parameter)]
 
     def _forget(self) -> None:
@@ -321,6 +369,9 @@ class MasterOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         is_copy, released = "released" in state, state.pop("released", None)
         super().__setstate__(state)
+        for key, held in self.state.items():
+            if isinstance(key, Tensor) and isinstance(held, dict):
+                self.state[key] = renamed(held, key)
         self._forget()
         if is_copy:
             self.release = None if released is None else GradientRelease(self, **released)
@@ -332,7 +383,7 @@ def _rounding(group: dict[str, Any]) -> Rounding:
 
 
 def _groups_can_shard(parameter: Tensor) -> bool:
-    return parameter.dim() > 1 and shards_first_dimension(parameter)
+    return moments.has_rows(parameter.shape) and shards_first_dimension(parameter)
 
 
 def _new_scale(parameter: Tensor) -> Tensor:

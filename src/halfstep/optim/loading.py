@@ -10,9 +10,9 @@ the state (the slow weights of a Lookahead, say): they come back as they were sa
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,10 +57,10 @@ def load_state(optimizer: MasterOptimizer, state_dict: dict[str, Any]) -> None:
         {**group, **{k: v for k, v in saved.items() if k != "params" and k not in STORAGE}}
         for group, saved in zip(groups, saved_groups, strict=True)
     ]
-    saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
+    saved_ids = itertools.chain.from_iterable(saved["params"] for saved in saved_groups)
     owners = [(group, parameter) for group in merged for parameter in group["params"]]
     matched = dict(zip(saved_ids, owners, strict=True))
-    known = {key: value for key, value in state_dict["state"].items() if key in matched}
+    known = {key: renamed(value, matched[key][1]) for key, value in state_dict["state"].items() if key in matched}
     for key, saved in known.items():
         group, parameter = matched[key]
         _check_shapes(key, parameter, saved)
@@ -77,9 +77,10 @@ def load_state(optimizer: MasterOptimizer, state_dict: dict[str, Any]) -> None:
 
 def _check_complete(key: Any, rule: Rule, saved: dict[str, Any]) -> None:
     """Zeros in the place of what is missing, beside a count of many steps, would make for a huge update."""
-    if isinstance(rule, SGD) or not any(name in saved for name in ("step", *MOMENTS)):
+    if isinstance(rule, SGD) or not any(moments.entry(saved, name) in saved for name in ("step", *MOMENTS)):
         return  # SGD's momentum begins with the first gradient after; others know of no step, as before the first
-    missing = [name for name in ("step", *(name for name, _ in rule.states)) if saved.get(name) is None]
+    wanted = ["step", *(name for name, _ in rule.states)]
+    missing = [name for name in wanted if saved.get(moments.entry(saved, name)) is None]
     if missing and not (missing == ["step"] and isinstance(rule, Lion)):  # Lions elsewhere do not count
         raise ValueError(
             f"the state of parameter {key} has no {' and no '.join(missing)}: it is of another optimizer than "
@@ -98,8 +99,9 @@ def _check_shapes(key: Any, parameter: Tensor, saved: dict[str, Any]) -> None:
                 f"{name} of parameter {key} has shape {tuple(value.shape)}, but a parameter of shape "
                 f"{tuple(parameter.shape)} has {expected}: this state is of another model"
             )
-        if value.dtype in CODES and name != "remainder" and not isinstance(saved.get(f"{name}_scale"), Tensor):
-            raise ValueError(f"{name} of parameter {key} are 8-bit codes, but {name}_scale is missing in the state")
+        of = name.removesuffix("_codes")
+        if of != name and not isinstance(saved.get(f"{of}_scale"), Tensor):
+            raise ValueError(f"{of} of parameter {key} are 8-bit codes, but {of}_scale is missing in the state")
 
 
 def _converted(
@@ -115,7 +117,7 @@ def _converted(
     state = optimizer.new_state(parameter, group, rule)
     state["step"].fill_(_step(saved, names))
     for stream, (name, square) in enumerate(rule.states):
-        if isinstance(saved.get(name), Tensor):
+        if isinstance(saved.get(moments.entry(saved, name)), Tensor):
             _take_moment(optimizer, parameter, state, saved, name, square, stream)
     _take_master(parameter, state, saved)
     return {**state, **foreign}
@@ -123,8 +125,23 @@ def _converted(
 
 def own_entries(saved: dict[str, Any]) -> list[str]:
     """Names of the entries that an optimizer of `halfstep.optim` makes, in whatever storage."""
-    names = {"step", *MOMENTS, *masters.NAMES, *(f"{name}_scale" for name in MOMENTS)}
+    names = {"step", *masters.NAMES, *itertools.chain.from_iterable(map(moments.entries, MOMENTS))}
     return [name for name in saved if name in names]
+
+
+@torch.no_grad()
+def renamed(saved: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """A parameter's state with its entries under their present names.
+
+    In earlier files codes had the names of values; and the remainders of fp16 parameters were called as those of bf16.
+    Those are told from those of a parameter that was bf16 and is fp16 since by its values: all of them bf16 numbers.
+    """
+    names = {name: f"{name}_codes" for name in MOMENTS if getattr(saved.get(name), "dtype", None) in CODES}
+    if parameter.dtype is torch.float16 and isinstance(saved.get("remainder"), Tensor):
+        values = local(parameter.detach())
+        if bool((values.to(torch.bfloat16) != values.float()).any()):
+            names["remainder"] = "fp16_remainder"
+    return {names.get(name, name): value for name, value in saved.items()} if names else saved
 
 
 def _moved(value: Any, parameter: Tensor) -> Any:
@@ -140,9 +157,10 @@ def _moved(value: Any, parameter: Tensor) -> Any:
 
 def _step(saved: dict[str, Any], names: list[str]) -> float:
     """Steps taken so far; torch's SGD does not count them, but has a momentum buffer after the first."""
-    if "step" in saved and all(isinstance(saved.get(name), Tensor) for name in names):
+    present = [isinstance(saved.get(moments.entry(saved, name)), Tensor) for name in names]
+    if "step" in saved and all(present):
         return float(saved["step"])
-    return 1.0 if any(isinstance(saved.get(name), Tensor) for name in names) else 0.0
+    return 1.0 if any(present) else 0.0
 
 
 def _take_moment(
@@ -154,7 +172,7 @@ def _take_moment(
     square: bool,
     stream: int,
 ) -> None:
-    wanted, given = state[name], saved[name]
+    wanted, given = state[moments.entry(state, name)], saved[moments.entry(saved, name)]
     scale, given_scale = state.get(f"{name}_scale"), saved.get(f"{name}_scale")
     same_scale = given_scale is scale or (
         scale is not None and given_scale is not None and scale.shape == given_scale.shape
@@ -183,15 +201,22 @@ def _take_master(parameter: Tensor, state: dict[str, Any], saved: dict[str, Any]
     if given_name is None:
         return  # torch's own: masters start from the parameters
     given = saved[given_name]
-    kept = next((state[name] for name in names if name in state), None)
-    if kept is not None and kept.dtype is given.dtype:
+    kept_name = next((name for name in names if name in state), None)
+    kept = None if kept_name is None else state[kept_name]
+    if kept is not None and kept_name == given_name and kept.dtype is given.dtype:
         kept.copy_(given)  # and belongs to the parameter that was saved with it
         return
-    if parameter.dtype is torch.float32:
+    ours = local(parameter.detach())
+    if given_name != "master":
+        x = _joined(ours, given_name, given)
+    elif parameter.dtype is torch.float32:
         recover(parameter, given)
         return
-    x = local(given).to(local(parameter).device) if given_name == "master" else _joined(parameter, given)
-    ours = local(parameter.detach())
+    else:
+        x = local(given).to(ours.device)
+    if parameter.dtype is torch.float32:
+        ours.copy_(x)
+        return
     dense = ours if is_dense(ours) else ours.contiguous()
     ours_kept = None if kept is None else flat(local(kept))
     masters.encode(flat(like(x.float(), dense)).clone(), flat(dense), ours_kept)
@@ -199,24 +224,20 @@ def _take_master(parameter: Tensor, state: dict[str, Any], saved: dict[str, Any]
         ours.copy_(dense)
 
 
-def recover(parameter: Tensor, given: Tensor) -> bool:
+def recover(parameter: Tensor, master: Tensor) -> bool:
     """Give an FP32 parameter what it lost when it was 16-bit, where it still has that value.
 
     Args:
-        given: a saved master, remainder or compensation, of the parameter's shape.
+        master: float32, as it was saved, of the parameter's shape.
 
     Returns:
         Whether it had that value everywhere; it has not where other weights were loaded than those saved beside it.
     """
     ours = local(parameter.detach())
-    if given.dtype is torch.float32:
-        x = local(given).to(ours.device)
-        roundings = [x.to(low).float() for low in LOW_PRECISION]
-        same = (ours == x) | (ours == roundings[0]) | (ours == roundings[1])
-    else:
-        low = given.dtype if given.dtype in LOW_PRECISION else torch.bfloat16
-        x, same = _joined(parameter, given), ours.to(low).float() == ours
-    ours.copy_(torch.where(same, x, ours))
+    master = local(master).to(ours.device)
+    roundings = [master.to(low).float() for low in LOW_PRECISION]
+    same = (ours == master) | (ours == roundings[0]) | (ours == roundings[1])
+    ours.copy_(torch.where(same, master, ours))
     return bool(same.all())
 
 
@@ -232,8 +253,8 @@ def load_beside_masters(
         By index and shape, the parameters whose values are not those that were saved with their master: other weights
         were loaded. They keep their own there.
     """
-    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
     parameter_of = dict(zip(saved, parameters, strict=False))  # PyTorch refuses other lengths
     state, found = {}, {}
     for key, entry in state_dict["state"].items():
@@ -256,16 +277,17 @@ STALE = (
 )
 
 
-def _joined(parameter: Tensor, given: Tensor) -> Tensor:
-    """The master from the parameter as it is and a saved remainder or compensation."""
-    ours = local(parameter.detach())
+def _joined(ours: Tensor, name: str, given: Tensor) -> Tensor:
+    """The master from the parameter and a saved remainder or compensation, where it still has a value of their format.
+
+    Elsewhere, as after other weights were loaded into another format, the parameter's own value.
+    """
+    low = {"remainder": torch.bfloat16, "fp16_remainder": torch.float16}.get(name, given.dtype)
     dense = ours if is_dense(ours) else ours.contiguous()
-    if given.dtype in (torch.bfloat16, torch.float16):
-        low = dense.to(given.dtype)
-    else:
-        low = dense if dense.dtype is not torch.float32 else dense.to(torch.bfloat16)
+    in_low = dense.to(low)
     part = like(local(given).to(dense.device), dense)
-    return masters.decode(flat(low), flat(part)).as_strided(dense.shape, dense.stride())
+    master = masters.decode(flat(in_low), flat(part)).as_strided(dense.shape, dense.stride())
+    return torch.where(in_low.float() == dense.float(), master, dense.float())
 
 
 def _same_order(given: Tensor, wanted: Tensor) -> bool:

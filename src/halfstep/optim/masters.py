@@ -11,7 +11,8 @@ master       beside the parameter  bytes   holds
              ``compensation``              itself rounded to 16 bits
 ============ ===================== ======= =======================================================
 
-(E: the value's exponent.) An FP32 parameter is its own master, whatever is asked for.
+(E: the value's exponent. A remainder beside fp16 is called ``fp16_remainder``: the two are not read alike, and a
+parameter that changes its format takes none along.) An FP32 parameter is its own master, whatever is asked for.
 
 **exact** is the encoding of `halfstep.split.planes`: the parameter is the upper plane, the remainder the lower one. It
 is exact in bf16, and in fp16 from 2^-16 up, within 2^-40 below.
@@ -55,7 +56,7 @@ _HALF_SPACING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 #: Names of what may be kept beside a parameter.
-NAMES = ("master", "remainder", "compensation")
+NAMES = ("master", "remainder", "fp16_remainder", "compensation")
 
 
 def extra(master: Master, rounding: Rounding, dtype: torch.dtype) -> tuple[str, torch.dtype] | None:
@@ -64,10 +65,9 @@ def extra(master: Master, rounding: Rounding, dtype: torch.dtype) -> tuple[str, 
         return None
     if master == "fp32":
         return "master", torch.float32
-    if master == "exact":
-        return "remainder", torch.int16
-    if master == "24bit":
-        return "remainder", torch.int8
+    if master in ("exact", "24bit"):
+        name = "remainder" if dtype is torch.bfloat16 else "fp16_remainder"
+        return name, torch.int16 if master == "exact" else torch.int8
     return ("compensation", dtype) if rounding == "kahan" else None
 
 

@@ -24,7 +24,12 @@ where v is not, for the update would explode there. The root of |m| keeps small 
 in proportion would otherwise be the largest.
 
 Groups of 64 follow memory and do not cross the parameter's first dimension, so a parameter that is sharded along it
-takes its scales along. Small parameters (below 4096 elements, or 64 in a row) stay FP32: they cost nothing.
+takes its scales along. Where fewer than 64 elements lie behind an index of it (LoRA's B, depthwise convolutions),
+groups cross it, and follow memory through the whole tensor; such a parameter's state stays FP32 where it is sharded.
+Small parameters (below 4096 elements) stay FP32: they cost nothing.
+
+**Codes have names of their own**, ``exp_avg_codes`` beside ``exp_avg_scale``: who looks for values, PyTorch's
+optimizers for one, finds none, and does not take codes for them.
 
 All tensors are flat. Sources: 8-bit states with block scales are Dettmers et al. 2022 (arXiv 2110.02861); a root as
 code for v is FlashOptim's (arXiv 2602.23349); scales, dither and the code for m derived here.
@@ -33,7 +38,8 @@ code for v is FlashOptim's (arXiv 2602.23349); scales, dither and the code for m
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,21 +57,35 @@ SIGNED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.in
 SQUARE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 
 
+def has_rows(shape: torch.Size | tuple[int, ...]) -> bool:
+    """Whether groups keep to one index of the first dimension, behind which there is at least one of them."""
+    return len(shape) > 1 and math.prod(shape[1:]) >= GROUP
+
+
 def row_length(shape: torch.Size | tuple[int, ...]) -> int:
-    """Elements behind one index of the first dimension; of a 1-D tensor all."""
-    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+    """Elements of which no group leaves the bounds: behind one index of the first dimension, else all."""
+    return math.prod(shape[1:]) if has_rows(shape) else math.prod(shape)
 
 
 def format_for(state: State, shape: torch.Size | tuple[int, ...]) -> State:
     """The format that a parameter's state gets: FP32 in place of 8 bits where that saves nothing."""
-    if state == "8bit" and (math.prod(shape) < SMALLEST or row_length(shape) < GROUP):
-        return "fp32"
-    return state
+    return "fp32" if state == "8bit" and math.prod(shape) < SMALLEST else state
 
 
 def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
     """Rows and groups in a row."""
-    return (shape[0] if len(shape) > 1 else 1), -(-row_length(shape) // GROUP)
+    return (shape[0] if has_rows(shape) else 1), -(-row_length(shape) // GROUP)
+
+
+def entry(state: Mapping[str, Any], name: str) -> str:
+    """Under which name a parameter's state holds the moment ``name``: its own, or that of its codes."""
+    codes = f"{name}_codes"
+    return codes if codes in state else name
+
+
+def entries(name: str) -> tuple[str, str, str]:
+    """All names under which something of the moment ``name`` may be held."""
+    return name, f"{name}_codes", f"{name}_scale"
 
 
 def decode(codes: Tensor, scale: Tensor | None, row: int) -> Tensor:

@@ -106,7 +106,7 @@ def _plain_state(optimizer: MasterOptimizer) -> dict[str, Any]:
             if "step" in held:
                 plain["step"] = held["step"].cpu().clone()
                 for name, _ in rule.states:
-                    plain[name] = _decoded(held[name], held.get(f"{name}_scale"), parameter)
+                    plain[name] = _decoded(held[moments.entry(held, name)], held.get(f"{name}_scale"), parameter)
             states[index] = plain
     groups = [{k: v for k, v in group.items() if k not in STORAGE} for group in packed["param_groups"]]
     return {"state": states, "param_groups": groups}
