@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
@@ -174,6 +175,38 @@ def test_what_a_small_view_does_not_see_is_not_written(tmp_path: Path) -> None:
     assert (tmp_path / "view.pt").stat().st_size < 12_000
     halfstep.save([big[:500], big[0]], tmp_path / "view.pt")  # half of it: written where it lies, without a copy
     assert (tmp_path / "view.pt").stat().st_size > 4_000_000
+
+
+def test_what_a_small_view_skips_is_left_out_and_its_order_in_memory_kept(tmp_path: Path) -> None:
+    big = torch.randn(1000, 64, 3)
+    for view in (big[:3, ::2], big.permute(2, 0, 1)[:, 5:9, ::8], big[::100].transpose(0, 2)):
+        halfstep.save(view, tmp_path / "view.pt")
+        loaded = halfstep.load(tmp_path / "view.pt")
+        assert torch.equal(loaded, view)
+        order = [sorted(range(3), key=lambda d: -t.stride(d)) for t in (loaded, view)]
+        assert order[0] == order[1] and loaded.untyped_storage().nbytes() == loaded.nbytes
+    for whole in (big, big.permute(2, 0, 1), big[:900]):  # where at least half is seen, strides are as they were
+        halfstep.save(whole, tmp_path / "view.pt")
+        assert halfstep.load(tmp_path / "view.pt").stride() == whole.stride()
+
+
+def test_every_dtype_of_this_torch_is_kept_or_refused_when_it_is_saved(tmp_path: Path) -> None:
+    """As a value, and as the format of a tensor."""
+    dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    assert len(dtypes) > 30
+    warnings.simplefilter("ignore")  # torch's, of quantized tensors
+    for dtype in dtypes:
+        for make in (lambda dtype: dtype, lambda dtype: torch.empty(4, dtype=dtype)):
+            try:
+                state = make(dtype)
+            except (RuntimeError, NotImplementedError, TypeError):  # torch makes no such tensor
+                continue
+            try:
+                halfstep.save(state, tmp_path / "one.pt")
+            except CheckpointError:
+                continue
+            loaded = halfstep.load(tmp_path / "one.pt")
+            assert loaded is dtype or loaded.dtype is dtype
 
 
 def test_the_state_is_left_as_it_was(tmp_path: Path) -> None:
@@ -442,6 +475,60 @@ def test_a_malicious_file_runs_nothing_even_with_a_right_seal(tmp_path: Path) ->
     assert witness.exists()
 
 
+def altered(entries: Callable[[dict[str, bytes]], None]) -> bytes:
+    """An archive of torch.save with its entries changed, with a right seal."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(of_torch(SMALL))) as archive:
+        held = {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
+    entries(held)
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in held.items():
+            archive.writestr(f"archive/{name}", data)
+    return sealed(buffer.getvalue())
+
+
+#: What is wrong inside a file whose checksum is right.
+MALFORMED: list[tuple[str, Callable[[dict[str, bytes]], object]]] = [
+    ("no data", lambda held: held.pop("data/0")),
+    ("data cut short", lambda held: held.update({"data/0": held["data/0"][:4]})),
+    ("no pickle", lambda held: held.pop("data.pkl")),
+    ("pickle empty", lambda held: held.update({"data.pkl": b""})),
+    ("pickle cut short", lambda held: held.update({"data.pkl": held["data.pkl"][:-20]})),
+    ("pickle pops too much", lambda held: held.update({"data.pkl": b"\x80\x020."})),
+    ("pickle of nothing", lambda held: held.update({"data.pkl": b"\x80\x02."})),
+    ("pickle asks for what was never there", lambda held: held.update({"data.pkl": b"\x80\x02h\x05."})),
+    ("pickle sets an item of a number", lambda held: held.update({"data.pkl": b"\x80\x02K\x01K\x01K\x01s."})),
+    ("text that is none", lambda held: held.update({"data.pkl": b"\x80\x02X\x02\x00\x00\x00\xff\xff."})),
+    ("storage of no kind", lambda held: held.update({"data.pkl": b"\x80\x02K\x01Q."})),
+    ("byte order unknown", lambda held: held.update({"byteorder": b"middle"})),
+    ("strides beyond the end", lambda held: held.update({"data.pkl": held["data.pkl"].replace(b"K\x05", b"K\x7f")})),
+]
+
+
+@pytest.mark.parametrize(("what", "change"), MALFORMED, ids=[what for what, _ in MALFORMED])
+def test_a_file_that_is_malformed_under_a_right_seal_is_refused(what: str, change: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    path.write_bytes(altered(lambda held: None))
+    assert_same(halfstep.load(path), SMALL)
+    path.write_bytes(altered(change))
+    said = refused(path)
+    assert "is whole, but" in said and "do not trust this one" in said
+
+
+def test_a_device_that_is_not_here_is_named_as_a_possible_reason(tmp_path: Path) -> None:
+    halfstep.save(SMALL, tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match="or map_location='xpu:77' cannot be served here"):
+        halfstep.load(tmp_path / "run.pt", map_location="xpu:77")
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    for name in (f"{tmp_path}/a\0b", f"{tmp_path}/\ud800"):
+        for use in (lambda name: halfstep.save(SMALL, name), halfstep.load):
+            with pytest.raises(CheckpointError, match="no file can have such a name: give another"):
+                use(name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_files_are_named_as_what_they_are(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     assert "No such file" in refused(path)
@@ -616,6 +703,38 @@ def test_the_file_of_a_living_writer_is_no_leftover(tmp_path: Path) -> None:
         halfstep.save(1, path)
         assert temporary.exists()
     assert not temporary.exists() and halfstep.load(path) == 1
+
+
+@linux
+@pytest.mark.parametrize("names", [("run.pt", "run.pt"), ("r" * 45 + "-0.pt", "r" * 45 + "-1.pt")])
+def test_a_save_goes_on_when_another_takes_its_new_file_for_a_leftover(
+    names: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment between making a file and locking it: another process's save holds the lock, and removes it."""
+    real, seen = file._lock, []
+
+    def lock(opened: Any) -> Any:
+        if not seen:
+            seen.extend(path for path in tmp_path.iterdir() if path.name.endswith(".tmp"))
+            with seen[0].open("r+b") as theirs:
+                assert real(theirs) is file._Lock.OURS
+                answer = real(opened)
+                file._remove_leftovers(tmp_path / names[1])  # by another descriptor, which does not hold the lock
+                seen[0].unlink()
+                return answer
+        return real(opened)
+
+    monkeypatch.setattr(file, "_lock", lock)
+    halfstep.save(SMALL, tmp_path / names[0])
+    assert_same(halfstep.load(tmp_path / names[0]), SMALL)
+    assert seen and [path.name for path in tmp_path.iterdir()] == [names[0]]
+
+
+@linux
+def test_a_lock_that_another_holds_is_told_from_a_file_system_without_locks(tmp_path: Path) -> None:
+    with (tmp_path / "a").open("wb") as first, (tmp_path / "a").open("r+b") as second:
+        assert file._lock(first) is file._Lock.OURS
+        assert file._lock(second) is file._Lock.ANOTHERS
 
 
 def test_without_file_locks_nothing_is_taken_for_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

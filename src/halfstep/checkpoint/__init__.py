@@ -26,7 +26,7 @@ import os
 import pickle
 import stat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.serialization import MAP_LOCATION
@@ -56,7 +56,9 @@ def save(state: object, path: str | os.PathLike[str]) -> None:
 
     Args:
         state: tensors and plain values in dicts, lists and tuples, nested at will: the state dicts of models,
-            optimizers, schedulers and `halfstep.MixedPrecision`. Saved as they are: dtypes, strides, tied tensors.
+            optimizers, schedulers and `halfstep.MixedPrecision`. Saved as they are: dtypes, strides, tied tensors. (A
+            view that skips most of its memory is stored without what it skips: its dimensions then lie in the same
+            order, closer together.)
         path: the file; its folder must exist.
 
     Raises:
@@ -67,6 +69,7 @@ def save(state: object, path: str | os.PathLike[str]) -> None:
         >>> halfstep.save({"model": model.state_dict(), "mp": mp.state_dict(), "step": step}, "run.pt")
     """
     try:
+        _check_name(path)
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():  # renaming over /dev/null would be the end of /dev/null
             kind = "a folder" if target.is_dir() else "not a regular file"
@@ -95,9 +98,10 @@ def load(path: str | os.PathLike[str], map_location: MAP_LOCATION = "cpu") -> An
 
     Raises:
         CheckpointError: there is no such file, it was not written by `save`, it is not whole, or unpickling it would
-            run code.
+            run code, or gives no state.
     """
     try:
+        _check_name(path)
         mode = Path(path).stat().st_mode
         if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
@@ -105,11 +109,34 @@ def load(path: str | os.PathLike[str], map_location: MAP_LOCATION = "cpu") -> An
         with Path(path).open("rb") as file:
             verify(file, path)
             file.seek(0)
-            return torch.load(file, map_location=map_location, weights_only=True)
+            return _unpickled(file, path, map_location)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _unpickled(file: IO[bytes], path: str | os.PathLike[str], map_location: MAP_LOCATION) -> Any:
+    """The state in a file that was verified. That is no signature: whatever is wrong within ends in one error."""
+    try:
+        return torch.load(file, map_location=map_location, weights_only=True)
+    except (OSError, MemoryError, torch.OutOfMemoryError):  # of this machine, not of the file
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is whole, but holds more than tensors and plain values, and unpickling that may run code: "
             "halfstep.save writes no such file, so do not trust this one"
         ) from error
+    except Exception as error:
+        place = "" if map_location == "cpu" else f", or map_location={map_location!r} cannot be served here"
+        raise CheckpointError(
+            f"{path} is whole, but torch.load makes no state of it ({type(error).__name__}: {error}): halfstep.save "
+            f"writes no such file, so do not trust this one{place}"
+        ) from error
+
+
+def _check_name(path: str | os.PathLike[str]) -> None:
+    try:
+        wrong = "holds the character NUL" if b"\0" in os.fsencode(path) else ""
+    except UnicodeEncodeError as error:
+        wrong = f"cannot be written in this system's encoding ({error})"
+    if wrong:
+        raise CheckpointError(f"the path {os.fspath(path)!r} {wrong}, and no file can have such a name: give another")

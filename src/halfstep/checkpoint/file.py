@@ -14,6 +14,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
+from enum import Enum, auto
 from pathlib import Path
 from typing import IO, cast
 
@@ -94,7 +95,7 @@ def write(state: object, target: Path) -> None:
         sealing.seal()
         file.flush()
         os.fsync(file.fileno())
-        if target.exists():  # a checkpoint that was private stays private
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint that was private stays private
             temporary.chmod(stat.S_IMODE(target.stat().st_mode))
         if not _HAS_LOCKS:
             file.close()  # Windows renames no open file
@@ -116,8 +117,8 @@ def _temporary(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                _lock(file)
-                if os.fstat(descriptor).st_nlink == 0:  # another process took it for a leftover before it was locked
+                taken = _lock(file) is _Lock.ANOTHERS  # who takes it for a leftover, being quicker, and removes it
+                if taken or os.fstat(descriptor).st_nlink == 0:
                     continue
                 yield file, path
                 return
@@ -129,24 +130,39 @@ def _temporary_stem(target: Path) -> str:
     return f".{target.name[:40]}"  # a file name has at most 255 bytes
 
 
-def _lock(file: IO[bytes]) -> bool:
-    """Whether this process now holds the file's lock, which the kernel drops when the process ends in any way."""
-    if _HAS_LOCKS:
-        with contextlib.suppress(OSError):  # held by another, or a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    return False
+class _Lock(Enum):
+    """Who holds a file's lock."""
+
+    OURS = auto()  #: until the process ends, in whatever way, or the file is closed
+    ANOTHERS = auto()
+    NOBODYS = auto()  #: a system, or a file system, without locks
+
+
+def _lock(file: IO[bytes]) -> _Lock:
+    """Try to take the file's lock; who holds it then."""
+    if not _HAS_LOCKS:
+        return _Lock.NOBODYS
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _Lock.ANOTHERS
+    except OSError:
+        return _Lock.NOBODYS
+    return _Lock.OURS
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove temporary files of processes that were killed while they wrote ``target``, each as large as it."""
+    """Remove temporary files of processes that were killed while they wrote ``target``, each as large as it.
+
+    Or a file whose name begins with the same 40 letters; files of living writers are locked.
+    """
     pattern = re.compile(re.escape(_temporary_stem(target)) + r"\.[0-9a-f]{8}\.tmp")
     with contextlib.suppress(OSError):  # a folder that cannot be listed may still be written to
-        for path in target.parent.iterdir():
-            if pattern.fullmatch(path.name):
-                with path.open("r+b") as file:  # for writing: locks on NFS ask for it
-                    if _lock(file):
-                        path.unlink()
+        for path in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]:
+            # Gone meanwhile, or another user's. For writing: locks on NFS ask for it.
+            with contextlib.suppress(OSError), path.open("r+b") as file:
+                if _lock(file) is _Lock.OURS:
+                    path.unlink()
 
 
 def verify(file: IO[bytes], path: str | os.PathLike[str]) -> None:

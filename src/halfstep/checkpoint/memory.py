@@ -94,7 +94,7 @@ def _copied(group: list[_View]) -> dict[int, Tensor]:
             )
     span = max(view.last for view in group) - first.first
     if _bytes_needed(group) < span:
-        copy = tensor.clone(memory_format=torch.contiguous_format)
+        copy = tensor.clone(memory_format=torch.preserve_format)  # the order of its dimensions in memory
         return {view.identity: copy.detach() for view in group}
     copy = tensor.as_strided((span // tensor.itemsize,), (1,), first.first // tensor.itemsize).clone()
     return {
