@@ -42,7 +42,7 @@ def compare(job: Job, rule: Rule, rounding: str, what: object, steps: int = 3, s
 
 
 def is_exact(rule: Rule, state: str) -> bool:
-    """What AdamW's vector loop for 8-bit states computes is compared with a tolerance, below."""
+    """What AdamW's loops for 8-bit states compute is compared with a tolerance, below."""
     return state != "8bit" or not isinstance(rule, Adam) or rule.amsgrad
 
 
@@ -233,6 +233,8 @@ def test_loops_for_any_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     portable = native._open(library)
     monkeypatch.setattr(native, "_library", lambda: portable)
     for dtype, state in itertools.product(DTYPES, ("fp32", "bf16", "8bit")):
+        if state == "8bit" and dtype is not torch.float16:  # compared in test_same_bits_on_every_cpu.py
+            continue
         for master, rounding in STORAGES:
             job = make_job(RULES["adamw"], dtype, dtype, master, rounding, state, (3, 131))
             compare(job, RULES["adamw"], rounding, (dtype, state, master, rounding))

@@ -419,3 +419,37 @@ def test_a_file_with_fp32_state_of_short_rows_is_encoded(backend: str) -> None:
     for name in ("exp_avg", "exp_avg_sq"):
         before, after = first[name].double().abs().sqrt(), second[name].double().abs().sqrt()
         assert 0 < (after - before).norm() <= 0.01 * before.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_that_is_switched_on_later_begins_as_torchs(nesterov: bool, dtype: torch.dtype, backend: str) -> None:
+    """With dampening the first buffer, which is the gradient itself, is another than those after."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(40).to(dtype))
+    q = nn.Parameter(p.detach().float())
+    options = {"lr": 0.5, "dampening": 0.0 if nesterov else 0.5, "weight_decay": 0.1}
+    ours, theirs = optim.SGD([p], backend=backend, **options), torch.optim.SGD([q], foreach=False, **options)
+    for step in range(9):
+        momentum = 0.9 if step in (2, 3, 4, 7, 8) else 0.0  # on, off, and on again, with the old buffer
+        for run in (ours, theirs):
+            run.param_groups[0].update(momentum=momentum, nesterov=nesterov and momentum > 0)
+        p.grad = torch.randn(40).to(dtype)
+        q.grad = p.grad.float()
+        ours.step()
+        theirs.step()
+        assert torch.equal(ours.master(p), q), step
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_momentum_that_was_put_there_before_the_first_step_is_used_as_by_torch(backend: str) -> None:
+    results = []
+    for kind, options in ((optim.SGD, {"backend": backend}), (torch.optim.SGD, {"foreach": False})):
+        p = nn.Parameter(torch.zeros(4))
+        optimizer: Any = kind([p], lr=1.0, momentum=0.5, **options)
+        optimizer.state[p]["momentum_buffer"] = torch.full((4,), 3.0)
+        p.grad = torch.ones(4)
+        optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)

@@ -4,18 +4,19 @@ The kernels have loops for AVX-512, AVX2 and none of these, and pick at run time
 that goes on elsewhere, must not part: so the results stand here as constants, the same from the AVX-512 loops and from
 builds for x86-64-v3 and for any processor. The numbers that go in are made of integers, because even torch's random
 generators differ between vector widths.
-
-Left out is AdamW with 8-bit state on 16-bit and FP32 weights, whose AVX-512 loop rounds in other places
-(docs/optimizers.md names it).
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from storage_cases import same_bits
 from torch import Tensor
 
 from halfstep import optim
@@ -40,6 +41,15 @@ CASES: dict[str, tuple[type[Any], torch.dtype, dict[str, Any]]] = {
     "adamw fp16 exact": (optim.AdamW, torch.float16, ADAMW),
     "adamw fp16 24bit": (optim.AdamW, torch.float16, {**ADAMW, "master": "24bit"}),
     "adamw fp16 exact, state 8bit": (optim.AdamW, torch.float16, {**ADAMW, "state": "8bit"}),
+    "adamw fp32, state 8bit": (optim.AdamW, torch.float32, {**ADAMW, "state": "8bit"}),
+    "adamw bf16 exact, state 8bit": (optim.AdamW, torch.bfloat16, {**ADAMW, "state": "8bit"}),
+    "adamw bf16 24bit, state 8bit": (optim.AdamW, torch.bfloat16, {**ADAMW, "master": "24bit", "state": "8bit"}),
+    "adamw bf16 24bit stochastic, state 8bit": (
+        optim.AdamW,
+        torch.bfloat16,
+        {**ADAMW, "master": "24bit", "rounding": "stochastic", "state": "8bit"},
+    ),
+    "adamw bf16 alone, state 8bit": (optim.AdamW, torch.bfloat16, {**ADAMW, "master": "none", "state": "8bit"}),
     "adam amsgrad": (optim.Adam, torch.bfloat16, {"lr": 1e-3, "amsgrad": True, "weight_decay": 0.01}),
     "sgd bf16 exact": (optim.SGD, torch.bfloat16, SGD),
     "sgd bf16 24bit, state 8bit": (optim.SGD, torch.bfloat16, {**SGD, "master": "24bit", "state": "8bit"}),
@@ -57,6 +67,11 @@ RESULTS = {
     "adamw fp16 exact": "0c0d6bd9cdb771de",
     "adamw fp16 24bit": "5c61f27c714aa326",
     "adamw fp16 exact, state 8bit": "0d6b8ea0e506fd36",
+    "adamw fp32, state 8bit": "36662fc21c40de0d",
+    "adamw bf16 exact, state 8bit": "19a101307f290d1b",
+    "adamw bf16 24bit, state 8bit": "be5b69336e4e488d",
+    "adamw bf16 24bit stochastic, state 8bit": "70090b941be4eb46",
+    "adamw bf16 alone, state 8bit": "b139133f42d2a3a3",
     "adam amsgrad": "59f2105e9256b0d5",
     "sgd bf16 exact": "61ba1f5f50364997",
     "sgd bf16 24bit, state 8bit": "78396ba757ac6431",
@@ -87,6 +102,46 @@ def checksum(case: str) -> str:
     for tensor in (weight.detach(), *kept):
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The kernels built for any processor, without the loops that are written for AVX-512."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    library = tmp_path_factory.mktemp("kernels") / "portable.so"
+    sources = sorted(str(path) for path in (Path(native.__file__).parent / "kernels").glob("*.c"))
+    flags = ["-O2", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-DHS_PORTABLE"]
+    subprocess.run([compiler, *flags, *sources, "-lm", "-o", str(library)], check=True)
+    opened = native._open(library)
+    assert not isinstance(opened, str), opened
+    return opened
+
+
+@pytest.mark.parametrize("special", [0.0, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("case", CASES)
+def test_a_build_for_any_processor_leaves_the_same_groups_to_the_general_loop(
+    case: str, special: float, portable: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of every size, and now and then one that is ``special``; weights that somebody sets to 0."""
+    kind, dtype, options = CASES[case]
+
+    def run() -> list[Tensor]:
+        weight = torch.nn.Parameter(numbers(99).to(dtype))
+        optimizer = kind([weight], backend="native", seed=7, **options)
+        for step in range(24):
+            weight.grad = (numbers(step) * 2.0 ** -(40 * (step % 3))).to(dtype)
+            if step % 5 == 3:
+                weight.grad.view(-1)[::977] = torch.tensor(special).to(dtype)  # 1e30 is inf in fp16
+            if step % 7 == 4:
+                weight.data[::3] = 0
+            optimizer.step()
+        return [weight.detach(), *(value for _, value in sorted(optimizer.state[weight].items()))]
+
+    expected = run()
+    monkeypatch.setattr(native, "_library", lambda: portable)
+    assert all(map(same_bits, run(), expected))
 
 
 @pytest.mark.parametrize("case", CASES)

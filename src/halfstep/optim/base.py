@@ -39,7 +39,7 @@ from halfstep.optim.masters import Master, Rounding
 from halfstep.optim.moments import State
 from halfstep.optim.options import check_storage
 from halfstep.optim.release import GradientRelease
-from halfstep.optim.rules import Rule
+from halfstep.optim.rules import SGD, Rule
 from halfstep.optim.surveying import gradient_coefficient, survey_of
 from halfstep.optim.update import Backend, Job, Survey
 from halfstep.split import SplitTensor
@@ -306,10 +306,15 @@ class MasterOptimizer(Optimizer):
     def _complete(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any], rule: Rule) -> None:
         """Add what a state lacks: all before the first step, or a moment that hyperparameters ask for only now."""
         new = self.new_state(parameter, group, rule)
-        for name, _ in rule.states:
-            if moments.entry(state, name) in state:
-                for entry in moments.entries(name):
-                    new.pop(entry, None)
+        present = [name for name, _ in rule.states if moments.entry(state, name) in state]
+        for name in present:
+            for entry in moments.entries(name):
+                new.pop(entry, None)
+        if isinstance(rule, SGD) and rule.momentum:
+            # It counts its momentum's steps: the first sets the buffer, as PyTorch's does where there is none, whenever
+            # the momentum was switched on; a buffer that somebody put there has had its first.
+            new["step"].fill_(len(present))
+            state.pop("step", None)
         state.update({**new, **state})
 
     def _tell_of_dropped_masters(self) -> None:

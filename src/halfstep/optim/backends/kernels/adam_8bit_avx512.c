@@ -7,42 +7,21 @@
  * four vectors of a group stage by stage, so that four chains are under way at a time. The general path does what is
  * rare (a group that holds inf or NaN, the end of a row) before anything of it has been stored.
  *
- * This is the one loop whose bits are not the general path's: see `drawn_together`.
+ * Its bits are those of adam_8bit.c, its twin for every other processor.
  */
+#include "adam_8bit.h"
 #include "avx512.h"
 
 #ifdef HS_AVX512
 
 #define VECTORS 4 /* in a group */
 #define GROUPS 16 /* in a block: as many as a vector has lanes, so that their scales are one vector */
-#define TINY 0x1p-126f
-/* Below this a factor from states to codes would overflow. */
-#define SMALL 0x1p-110f
 
 /* What the first round leaves for the second. */
 struct block {
     _Alignas(64) float m[GROUPS][GROUP], root[GROUPS][GROUP];
     __m512i largest_m[GROUPS], largest_root[GROUPS]; /* lane by lane, as bits */
     float m_factor[GROUPS], root_factor[GROUPS];     /* from codes, then to codes */
-};
-
-/* The scalars of a step, drawn together so that an element takes few operations.
- *
- *     g' = g w,  w = coefficient (1 - beta1)           m = beta1 m + g'
- *     v' = v k^2,  k = (1 - beta1) / sqrt(1 - beta2)   v' = beta2 v' + g'^2
- *     x = x shrink + m / (sqrt(v') denominator + eps'),  both divided by the step's size
- *
- * The codes' factors take beta1, and k sqrt(beta2), along. This rounds less often than rules.py and in other places:
- * the result is a few units in the last place of FP32 away, some 2^-14 of a code's spacing, in three quarters of the
- * time.
- */
-struct drawn_together {
-    float weight;      /* w */
-    float m_decode;    /* beta1 / 127^2 */
-    float root_decode; /* k sqrt(beta2) / 255 */
-    float root_scale;  /* 1 / k */
-    float denominator; /* 1 / (k sqrt(1 - beta2^step)), divided by the step's size, as is eps */
-    float eps, shrink;
 };
 
 /* Thirty-two elements of a pair into two vectors of four. */
@@ -199,20 +178,6 @@ WIDE void adam_block(const struct plan *plan, const struct drawn_together *with,
     _mm512_mask_storeu_ps(scales_root, (__mmask16)usual, _mm512_max_ps(true_root, tiny));
 }
 
-WIDE struct drawn_together draw_together(const struct plan *plan) {
-    const double weight = (double)plan->first.weight, root = (double)plan->root;
-    const double k = weight / __builtin_sqrt((double)plan->one_minus_beta2);
-    return (struct drawn_together){
-        .weight = (float)(weight * (double)plan->coefficient),
-        .m_decode = (float)((1.0 - weight) / 16129.0),
-        .root_decode = (float)(k * __builtin_sqrt((double)plan->beta2) / 255.0),
-        .root_scale = (float)(1.0 / k),
-        .denominator = (float)(1.0 / (k * root * (double)plan->minus_size)),
-        .eps = (float)((double)plan->eps / (double)plan->minus_size),
-        .shrink = plan->shrink,
-    };
-}
-
 WIDE void adam(const struct plan *plan, int64_t begin, int64_t count, int64_t group, enum hs_format parameter,
                enum hs_format kept, int dithered) {
     const struct drawn_together with = draw_together(plan);
@@ -239,16 +204,11 @@ LOOP(bf16_24bit_dithered, HS_BF16, HS_INT8, 1)
 LOOP(bf16_alone_dithered, HS_BF16, HS_ABSENT, 1)
 
 hs_segment hs_wide_adam_8bit(const struct plan *plan) {
-    const float size = __builtin_fabsf(plan->minus_size);
-    if (!has_avx512() || !(plan->root >= 0x1p-20f && plan->first.weight >= 0x1p-20f)) return 0;
-    if (!(size >= 0x1p-60f && size <= 0x1p60f)) return 0; /* lr 0 among them */
-    if (plan->kind != HS_ADAM || plan->amsgrad || plan->decay != 0.0f || plan->first.from_end) return 0;
-    if (plan->states[0] != HS_INT8 || plan->states[1] != HS_UINT8 || plan->gradient != plan->parameter) return 0;
+    if (!has_avx512() || !is_drawn_together(plan)) return 0;
     if (plan->parameter == HS_FP32) return fp32;
-    if (plan->parameter != HS_BF16) return 0;
     if (plan->kept == HS_INT16) return bf16_exact;
     if (plan->kept == HS_INT8) return plan->dithered ? bf16_24bit_dithered : bf16_24bit;
-    return plan->kept == HS_ABSENT && plan->dithered ? bf16_alone_dithered : 0;
+    return bf16_alone_dithered;
 }
 
 #else

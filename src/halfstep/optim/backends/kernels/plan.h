@@ -71,6 +71,7 @@ void hs_segment_general(const struct plan *plan, int64_t begin, int64_t count, i
 
 /* A loop made for what the plan stores, or NULL; of the wide ones, NULL also where the processor has no AVX-512. */
 hs_segment hs_fused_adam(const struct plan *plan);
+hs_segment hs_adam_8bit(const struct plan *plan);
 hs_segment hs_wide_adam(const struct plan *plan);
 hs_segment hs_wide_adam_8bit(const struct plan *plan);
 hs_segment hs_wide_momentum(const struct plan *plan);

@@ -117,6 +117,7 @@ static void choose(struct plan *plan) {
     const hs_segment fused = hs_fused_adam(plan);
     hs_segment wide = hs_wide_adam(plan);
     if (!wide) wide = hs_wide_adam_8bit(plan);
+    if (!wide) wide = hs_adam_8bit(plan); /* the same bits on other processors */
     if (!wide) wide = hs_wide_momentum(plan);
     plan->rare = fused ? fused : hs_segment_general;
     plan->segment = wide ? wide : plan->rare;
