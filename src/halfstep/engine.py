@@ -200,8 +200,9 @@ class MixedPrecision:
 
         Args:
             max_grad_norm: clip the unscaled gradients to this 2-norm.
-            zero_grad: set gradients to None afterwards. Left there, they are unscaled and clipped where that was done
-                in memory; after two passes they are what `backward` left. Step hooks of an optimizer see the same.
+            zero_grad: set gradients to None afterwards. Left there, they are unscaled and clipped, but FP16 ones, which
+                would lose by it, as `backward` left them. Step hooks of an optimizer that takes two passes see all
+                of them so.
 
         Raises:
             LossScaleError: too many steps in a row were skipped.
@@ -223,7 +224,7 @@ class MixedPrecision:
         elif release is not None:
             result = self._after_release(release, max_grad_norm)
         elif isinstance(optimizer, MasterOptimizer):
-            result = self._two_passes(optimizer, max_grad_norm)
+            result = self._two_passes(optimizer, max_grad_norm, leave=not zero_grad)
         else:
             result = self._many_passes(max_grad_norm)
         if watch is not None:
@@ -233,7 +234,7 @@ class MixedPrecision:
         self.scaler.update()
         return result
 
-    def _two_passes(self, optimizer: MasterOptimizer, max_grad_norm: float | None) -> StepResult:
+    def _two_passes(self, optimizer: MasterOptimizer, max_grad_norm: float | None, *, leave: bool) -> StepResult:
         """Step an optimizer that surveys its gradients, and unscales and clips them while it steps."""
         scaler = self.scaler
         if not scaler.is_enabled() and max_grad_norm is None:
@@ -250,7 +251,7 @@ class MixedPrecision:
             coefficient = gradient_coefficient(survey, max_grad_norm, inverse)
             norm = [survey.sum_of_squares.sqrt() * inverse]
         names = [self._name(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        with optimizer.scaled(coefficient, found_inf):
+        with optimizer.scaled(coefficient, found_inf, in_memory=leave):
             scaler.step(optimizer)
         applied, scale, grad_norm = scaler.read(optimizer, *norm)
         largest = LargestGradients(names, survey.amax, inverse)

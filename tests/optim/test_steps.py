@@ -461,3 +461,85 @@ def test_parameters_that_were_replaced_are_let_go() -> None:
     p.grad = torch.randn_like(p)
     optimizer.step()
     assert [reference() for reference in gone] == [None] * 3
+
+
+# Gradients after a scaler's step --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaler_of", [torch.amp.GradScaler, halfstep.GradScaler])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 3.0, 1024.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scalers_step_leaves_unscaled_gradients_as_torchs(
+    dtype: torch.dtype, scale: float, maximize: bool, scaler_of: Make, backend: str
+) -> None:
+    """Whatever their order in memory; norms are logged from them, and callbacks look at them."""
+    parameters, plain = made(dtype), made(dtype)
+    for run in (parameters, plain):
+        run.append(nn.Parameter(torch.zeros(300, 200, dtype=dtype)))  # more than is stepped at a time
+    optimizers = [
+        optim.AdamW(parameters, maximize=maximize, state="8bit", backend=backend),
+        torch.optim.AdamW(plain, maximize=maximize, foreach=False),
+    ]
+    gradients = []
+    for run, optimizer in zip((parameters, plain), optimizers, strict=True):
+        scaler = scaler_of("cpu", init_scale=scale)
+        scaler.scale(torch.zeros(()))
+        feed(run, 1, scale)
+        run[-1].grad = torch.randn(300, 200, generator=torch.Generator().manual_seed(3)).to(dtype) * scale
+        run[5].grad = run[5].grad.contiguous()  # in another order than its parameter
+        scaler.step(optimizer)
+        scaler.update()
+        gradients.append([p.grad for p in run])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("scale", [3.0, 1024.0])
+def test_unscaling_in_memory_leaves_the_bits_of_the_step(scale: float, dtype: torch.dtype, backend: str) -> None:
+    results = []
+    for in_memory in (False, True):
+        parameters = made(dtype)
+        parameters.append(nn.Parameter(torch.randn(300, 200, generator=torch.Generator().manual_seed(3)).to(dtype)))
+        optimizer = optim.AdamW(parameters, state="8bit", master="24bit", rounding="stochastic", backend=backend)
+        for step in range(3):
+            feed(parameters, step, scale)
+            parameters[-1].grad = parameters[-1].detach() * (scale / 8)
+            before = [None if p.grad is None else p.grad.clone() for p in parameters]
+            with optimizer.scaled(torch.tensor(1 / scale), None, in_memory=in_memory):
+                optimizer.step()
+            for p, old in zip(parameters, before, strict=True):
+                kept = not in_memory or dtype is torch.float16
+                assert old is None or p.grad is None or not p.grad.any() or torch.equal(p.grad, old) == kept
+        results.append(everything(optimizer))
+    assert all_same(*results)
+
+
+@pytest.mark.parametrize("scaler_of", [torch.amp.GradScaler, halfstep.GradScaler])
+def test_fp16_gradients_stay_scaled_and_those_beside_them_do_not(scaler_of: Make) -> None:
+    low, wide = nn.Parameter(torch.ones(3).half()), nn.Parameter(torch.ones(3))
+    optimizer = optim.AdamW([low, wide])
+    scaler = scaler_of("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    low.grad, wide.grad = torch.full((3,), 2.0).half(), torch.full((3,), 2.0)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(low.grad, torch.full((3,), 2.0).half()) and torch.equal(wide.grad, torch.full((3,), 2.0**-9))
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_gradients_that_a_mixed_precision_step_leaves_are_unscaled_and_clipped(zero_grad: bool) -> None:
+    model = nn.Linear(4, 4, bias=False)
+    mp = halfstep.MixedPrecision(model, optim.SGD(model.parameters(), lr=0.0), "fp16-mixed")
+    mp.scaler = halfstep.GradScaler("cpu", init_scale=1024.0)
+    mp.backward(model.weight.sum())
+    result = mp.step(max_grad_norm=2.0, zero_grad=zero_grad)
+    assert result.applied and result.grad_norm == 4.0
+    if zero_grad:
+        assert model.weight.grad is None
+    else:
+        torch.testing.assert_close(model.weight.grad, torch.full((4, 4), 0.5))

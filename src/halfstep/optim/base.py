@@ -23,7 +23,7 @@ from halfstep.autocast import LOW_PRECISION
 from halfstep.optim import backends, masters, moments, pages
 from halfstep.optim.adopting import adopt
 from halfstep.optim.backends import BackendName
-from halfstep.optim.clipping import inverse
+from halfstep.optim.clipping import inverse, multiply_
 from halfstep.optim.jobs import Jobs
 from halfstep.optim.layout import (
     flat,
@@ -73,6 +73,7 @@ class MasterOptimizer(Optimizer):
     _ordinals: dict[int, int]  #: by the parameter's id
     _backends: dict[torch.device, Backend]
     _scalars: tuple[Tensor, Tensor | None] | None  #: coefficient and found_inf, inside `scaled`
+    _unscales: bool  #: whether gradients are to be left multiplied by the coefficient
 
     def __init__(
         self,
@@ -114,11 +115,16 @@ class MasterOptimizer(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         coefficient = None if scale is None else inverse(scale)
         if self.release is not None:
+            self._unscales = False  # they are freed
             self.release.finish()
             return loss
-        for group in self.param_groups:
-            pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
-            self.advance(group, pairs, coefficient, found_inf)
+        self._unscales = self._unscales or coefficient is not None
+        try:
+            for group in self.param_groups:
+                pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
+                self.advance(group, pairs, coefficient, found_inf)
+        finally:
+            self._unscales = False
         return loss
 
     def survey(self) -> Survey:
@@ -155,13 +161,18 @@ class MasterOptimizer(Optimizer):
         return survey
 
     @contextlib.contextmanager
-    def scaled(self, coefficient: Tensor, found_inf: Tensor | None) -> Iterator[None]:
-        """Within, `step` multiplies gradients by ``coefficient``, and changes nothing where ``found_inf`` is not 0."""
-        self._scalars = (coefficient, found_inf)
+    def scaled(self, coefficient: Tensor, found_inf: Tensor | None, *, in_memory: bool = False) -> Iterator[None]:
+        """Within, `step` multiplies gradients by ``coefficient``, and changes nothing where ``found_inf`` is not 0.
+
+        Args:
+            in_memory: leave them multiplied in ``.grad``, as PyTorch's optimizers do, but FP16 ones, which would lose
+                what they were scaled for; a gradient in the host's memory while it is read anyway.
+        """
+        self._scalars, self._unscales = (coefficient, found_inf), in_memory
         try:
             yield
         finally:
-            self._scalars = None
+            self._scalars, self._unscales = None, False
 
     @torch.no_grad()
     def advance(
@@ -178,27 +189,46 @@ class MasterOptimizer(Optimizer):
         by_device: dict[torch.device, list[Job]] = {}
         in_planes: list[Tensor] = []
         copied: list[tuple[Tensor, Tensor]] = []
+        scaled: list[tuple[Tensor, Job]] = []
         states = rule.states
         for parameter, gradient in pairs:
             job = self._job(parameter, gradient, group, rule, states, copied)
+            scaled.append((gradient, job))
             if isinstance(parameter, SplitTensor):
                 in_planes.append(parameter)
             by_device.setdefault(job.parameter.device, []).append(job)
         if self._jobs.dropped:
             self._tell_of_dropped_masters()
+        unscale = coefficient is not None and self._unscales
         for device, jobs in by_device.items():
-            self._backend(device).update(
+            backend = self._backend(device)
+            options: dict[str, Any] = {"unscale": True} if unscale and backend.name == "native" else {}
+            backend.update(
                 jobs,
                 rule,
                 stochastic=_rounding(group) == "stochastic",
                 coefficient=_scalar(coefficient, device),
                 found_inf=_scalar(found_inf, device),
+                **options,
             )
+        if unscale and coefficient is not None:
+            self._unscale_rest(scaled, coefficient)
         for parameter, copy in copied:
             parameter.copy_(copy)
         # The kernels write through pointers; autograd and others look at the version to see that values changed.
         torch.autograd.graph.increment_version([job.parameter for jobs in by_device.values() for job in jobs])
         torch.autograd.graph.increment_version(in_planes)
+
+    def _unscale_rest(self, scaled: Iterable[tuple[Tensor, Job]], coefficient: Tensor) -> None:
+        """Multiply gradients in memory, but FP16 ones, and those that the pass over their parameters has multiplied."""
+        rest = []
+        for gradient, job in scaled:
+            done = self._backend(job.parameter.device).name == "native" and (
+                job.gradient.data_ptr() == local(gradient).data_ptr()
+            )
+            if gradient.dtype is not torch.float16 and not done:
+                rest.append(gradient)
+        multiply_(rest, [coefficient])
 
     def master(self, parameter: Tensor) -> Tensor:
         """The FP32 master of a parameter of this optimizer: a new tensor of its shape (of a sharded one, this part)."""
@@ -365,6 +395,7 @@ class MasterOptimizer(Optimizer):
         self._ordinals = {}
         self._backends = {}
         self._scalars = None
+        self._unscales = False
 
     def __getstate__(self) -> dict[str, Any]:
         released = None if self.release is None else self.release.options()

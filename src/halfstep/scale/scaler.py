@@ -240,7 +240,7 @@ class GradScaler(torch.amp.GradScaler):
         self._verdicts.forget(optimizer, state)
         if state["stage"] is OptState.READY and (surveyor := surveying(optimizer)) is not None:
             _, inverse, found_inf = self.take_survey(optimizer, surveyor.survey())
-            with surveyor.scaled(inverse, found_inf):
+            with surveyor.scaled(inverse, found_inf, in_memory=True):  # to leave in .grad what PyTorch's scaler leaves
                 return self.step(optimizer, *args, **kwargs)
         listened_to = is_listened_to(optimizer)
         may_grow = self._limits.min_scale < 1  # a gradient, when it is divided

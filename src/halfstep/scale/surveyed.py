@@ -4,7 +4,8 @@ PyTorch's way over an optimizer's gradients is to divide them in memory and look
 them in memory, and to step: each of these reads all of them again, and two write them. An optimizer that can *survey*
 its gradients reads them once and says whether inf or NaN is among them and how large they are; the scaler agrees on
 that across ranks, and hands back two numbers on the device, which the step then multiplies and skips by. Nothing is
-written to a gradient, so FP16 ones are divided in FP32, whose range the quotient needs.
+written to an FP16 gradient, so it is divided in FP32, whose range the quotient needs; others are left divided where a
+scaler's own ``step`` is called, since its user may look at them.
 
 The scaler knows nothing else of such optimizers (`halfstep.optim.MasterOptimizer` is one): it asks for two methods.
 """
@@ -39,8 +40,14 @@ class Surveying(Protocol):
     def survey(self) -> Findings:
         """Look at all gradients, once."""
 
-    def scaled(self, coefficient: Tensor, found_inf: Tensor | None) -> AbstractContextManager[None]:
-        """Within, ``step`` multiplies gradients by ``coefficient`` and changes nothing where ``found_inf`` is not 0."""
+    def scaled(
+        self, coefficient: Tensor, found_inf: Tensor | None, *, in_memory: bool = False
+    ) -> AbstractContextManager[None]:
+        """Within, ``step`` multiplies gradients by ``coefficient`` and changes nothing where ``found_inf`` is not 0.
+
+        Args:
+            in_memory: leave the gradients multiplied, but FP16 ones.
+        """
 
 
 class Unscaling(NamedTuple):

@@ -27,7 +27,7 @@ from halfstep.optim.update import Job, Survey
 name = "native"
 
 #: Of ``halfstep.h``: raised together with it.
-VERSION = 2
+VERSION = 3
 
 _FORMAT = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int16: 4, torch.int8: 5, torch.uint8: 6}
 _STATES = 3
@@ -42,7 +42,10 @@ class _Rule(ctypes.Structure):
 
     _fields_ = (
         *((field, ctypes.c_double) for field in ("lr", "beta1", "beta2", "eps", "weight_decay")),
-        *((field, ctypes.c_int32) for field in ("kind", "decoupled", "amsgrad", "nesterov", "maximize", "stochastic")),
+        *(
+            (field, ctypes.c_int32)
+            for field in ("kind", "decoupled", "amsgrad", "nesterov", "maximize", "stochastic", "unscale")
+        ),
     )
 
 
@@ -53,14 +56,24 @@ def missing() -> str:
 
 
 def update(
-    jobs: Sequence[Job], rule: Rule, *, stochastic: bool, coefficient: Tensor | None, found_inf: Tensor | None
+    jobs: Sequence[Job],
+    rule: Rule,
+    *,
+    stochastic: bool,
+    coefficient: Tensor | None,
+    found_inf: Tensor | None,
+    unscale: bool = False,
 ) -> None:
-    """Step every job: `halfstep.optim.update.Backend.update`."""
+    """Step every job: `halfstep.optim.update.Backend.update`.
+
+    Args:
+        unscale: multiply the gradients that are not float16 by ``coefficient`` in memory too, in the same pass.
+    """
     table = _table(jobs)
     result = _loaded().hs_update(
         table.buffer_info()[0],
         len(jobs),
-        ctypes.byref(_rule(rule, stochastic)),
+        ctypes.byref(_rule(rule, stochastic, unscale)),
         _scalar(coefficient, "coefficient"),
         _scalar(found_inf, "found_inf"),
         torch.get_num_threads(),
@@ -163,19 +176,19 @@ def _unsound(job: Job) -> str:
     )
 
 
-def _rule(rule: Rule, stochastic: bool) -> _Rule:
+def _rule(rule: Rule, stochastic: bool, unscale: bool) -> _Rule:
     """``struct hs_rule``: SGD's momentum and dampening lie where the others have their betas."""
     if isinstance(rule, Adam):
         lr, eps = float(rule.lr), rule.eps
         flags = (0, rule.decoupled, rule.amsgrad, False)
-        return _Rule(lr, rule.beta1, rule.beta2, eps, rule.weight_decay, *flags, rule.maximize, stochastic)
+        return _Rule(lr, rule.beta1, rule.beta2, eps, rule.weight_decay, *flags, rule.maximize, stochastic, unscale)
     if isinstance(rule, SGD):
         flags = (1, False, False, rule.nesterov)
         lr, first, second = float(rule.lr), rule.momentum, rule.dampening
     else:
         flags = (2, True, False, False)
         lr, first, second = float(rule.lr), rule.beta1, rule.beta2
-    return _Rule(lr, first, second, 0.0, rule.weight_decay, *flags, rule.maximize, stochastic)
+    return _Rule(lr, first, second, 0.0, rule.weight_decay, *flags, rule.maximize, stochastic, unscale)
 
 
 def _scalar(value: Tensor | None, what: str) -> int | None:

@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 /* Raised whenever a structure or the meaning of a field changes; native.py refuses another. */
-#define HS_VERSION 2
+#define HS_VERSION 3
 
 #if defined(__GNUC__)
 #define HS_EXPORT __attribute__((visibility("default")))
@@ -65,6 +65,7 @@ struct hs_rule {
     int32_t nesterov;
     int32_t maximize;
     int32_t stochastic;
+    int32_t unscale; /* write each gradient that is not fp16 back, times the coefficient */
 };
 
 /* One gradient to look at, and what was found. */

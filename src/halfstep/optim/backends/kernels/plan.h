@@ -46,6 +46,7 @@ struct plan {
     int amsgrad, nesterov, decoupled;
     int first_step;     /* momentum begins as the gradient */
     float coefficient;  /* what gradients are multiplied by; negative to maximize */
+    int unscale;        /* in memory too, when they have been used */
     float decay;        /* weight decay added to the gradient; 0: none */
     float shrink;       /* 1 - lr * weight decay */
     struct lerp first, second;

@@ -25,6 +25,32 @@ static int64_t groups_in_row(const struct plan *plan) { return (plan->row + GROU
 
 static int64_t rows_of(const struct plan *plan) { return plan->row ? plan->job.numel / plan->row : 0; }
 
+/* Elements that are stepped before their gradients are written back: these are then still in the cache. */
+#define UNSCALED 8192
+
+CLONES static void unscale(const struct plan *plan, int64_t begin, int64_t count) {
+    const float coefficient = __builtin_fabsf(plan->coefficient);
+    if (plan->gradient == HS_FP32) {
+        float *restrict gradient = (float *)(uintptr_t)plan->job.gradient + begin;
+        for (int64_t i = 0; i < count; i++) gradient[i] *= coefficient;
+    } else {
+        uint16_t *restrict gradient = (uint16_t *)(uintptr_t)plan->job.gradient + begin;
+        for (int64_t i = 0; i < count; i++) gradient[i] = to_bf16(from_bf16(gradient[i]) * coefficient);
+    }
+}
+
+static void do_segment(const struct plan *plan, int64_t begin, int64_t count, int64_t group) {
+    if (!plan->unscale) {
+        plan->segment(plan, begin, count, group);
+        return;
+    }
+    for (const int64_t end = begin + count; begin < end; begin += UNSCALED, group += UNSCALED / GROUP) {
+        const int64_t here = end - begin < UNSCALED ? end - begin : UNSCALED;
+        plan->segment(plan, begin, here, group);
+        unscale(plan, begin, here);
+    }
+}
+
 /* Pieces count in groups, which never cross a row. */
 static void do_piece(const struct plan *plan, int64_t piece, int64_t size) {
     const int64_t in_row = groups_in_row(plan);
@@ -36,7 +62,7 @@ static void do_piece(const struct plan *plan, int64_t piece, int64_t size) {
         const int64_t taken = end - group < in_row - within ? end - group : in_row - within;
         const int64_t begin = within * GROUP;
         const int64_t stop = begin + taken * GROUP < plan->row ? begin + taken * GROUP : plan->row;
-        plan->segment(plan, row * plan->row + begin, stop - begin, group);
+        do_segment(plan, row * plan->row + begin, stop - begin, group);
         group += taken;
     }
 }
@@ -133,6 +159,7 @@ static int set_plan(struct plan *plan, const struct hs_job *job, const struct hs
     plan->amsgrad = rule->amsgrad;
     plan->nesterov = rule->nesterov;
     plan->coefficient = rule->maximize ? -coefficient : coefficient;
+    plan->unscale = rule->unscale && coefficient != 1.0f && plan->gradient != HS_FP16;
     const int drops = plan->kept == HS_ABSENT || plan->kept == HS_INT8;
     plan->dithered = rule->stochastic && drops && plan->parameter != HS_FP32;
     const uint32_t seed = (uint32_t)job->seed, ordinal = (uint32_t)job->ordinal, first = (uint32_t)job->first;
