@@ -6,6 +6,7 @@ import copy
 import io
 import random
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -120,3 +121,37 @@ def test_a_skipped_step_still_goes_back_to_before_its_own_forward_pass() -> None
     mp.backward(loss)
     assert not mp.step().applied
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
+class Counting(nn.Module):
+    """Draws from every generator, assigns a buffer anew, registers one, and drops one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("gone", torch.ones(2))
+        self.register_buffer("later", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        np.random.rand()
+        random.random()
+        torch.rand(())
+        self.count = self.count + 1
+        self.later = self.count * 2
+        del self.gone
+        self.register_buffer("new", self.count)
+        return self.linear(x)
+
+
+def test_generators_of_numpy_and_buffers_that_forward_assigns_anew_are_put_back() -> None:
+    net = Counting()
+    mp = halfstep.MixedPrecision(net, torch.optim.SGD(net.parameters(), lr=0.1), "bf16-mixed")
+    np.random.seed(0)
+    buffers = dict(net._buffers)
+    states = np.random.get_state()[2], random.getstate(), torch.get_rng_state()
+    mp.explain(torch.randn(5, 4, generator=torch.Generator()))
+    assert list(net._buffers) == list(buffers) and all(net._buffers[name] is buffers[name] for name in buffers)
+    assert net.count == 0 and net.later is None
+    assert np.random.get_state()[2] == states[0] and random.getstate() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])

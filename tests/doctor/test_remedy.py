@@ -532,3 +532,37 @@ def test_the_islands_of_the_policy_that_is_examined_hold_in_the_first_run() -> N
     assert all("forward" not in vars(part) for part in model)  # taken back
     with pytest.raises(NoSuchModuleError, match="nowhere"):
         examine(lambda: model(torch.ones(2, 4)), "fp16-mixed:keep_fp32=nowhere:emulate")
+
+
+class Averaging(nn.Module):
+    """Keeps an average in a buffer that each forward pass assigns anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.linear(x)
+        self.average = self.average * 0.9 + h.detach().float().mean(0) * 0.1
+        return h
+
+
+def test_buffers_that_forward_assigns_anew_are_put_back() -> None:
+    torch.manual_seed(0)
+    net = Averaging()
+    with torch.no_grad():
+        net.linear.weight[2] = 3e4
+    average = net.average
+
+    def step() -> None:
+        net(torch.ones(6, 8)).float().square().mean().backward()
+
+    findings = examine(step, policy="fp16-mixed:emulate", remedies=True)
+    assert any(finding.trials for finding in findings)
+    assert net.average is average and not average.any()
+    with Snapshot() as snapshot:
+        step()
+        net.register_buffer("other", torch.ones(1))
+        snapshot.restore()
+        assert net.average is average and not average.any() and "other" not in net._buffers

@@ -7,6 +7,8 @@ with both formats: a module with many of them pays for its mixture.
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from halfstep.autocast import emulate
+from halfstep.autocast.buffers import KeptBuffers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +79,7 @@ class Explanation:
 def explain(model: nn.Module, run: Callable[[], Any], policy: str) -> Explanation:
     """Call ``run``, a forward pass of ``model``, without gradients, and tell what ran.
 
-    Leaves no trace: buffers and random number generators are put back.
+    Leaves no trace: buffers and random number generators (Python's, NumPy's, PyTorch's) are put back.
     """
     seen = _Seen()
     with _untouched(model), _module_paths(model, seen), torch.no_grad(), seen:
@@ -133,16 +136,15 @@ def _module_paths(model: nn.Module, seen: _Seen) -> Iterator[None]:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    import random
-
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers, numpy = KeptBuffers(), sys.modules.get("numpy")
+    buffers.keep(model)
     devices = sorted({t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"})
-    state = random.getstate()
+    python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        random.setstate(state)
-        for buffer, value in buffers:
-            # Not buffer.copy_: a graph from before, whose backward is still to come, would find it modified.
-            buffer.data.copy_(value)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+        buffers.restore()

@@ -218,6 +218,7 @@ MADE_OF_PRODUCTS = frozenset(
     (
         *("conv1d", "conv1d.padding", "conv2d", "conv2d.padding", "conv3d", "conv3d.padding", "conv_transpose1d"),
         *("conv_transpose2d.input", "conv_transpose3d.input", "linear", "matmul", "einsum", "chain_matmul"),
-        *("linalg_multi_dot", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+        *("linalg_multi_dot", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "gru.input", "gru.data"),
+        *("lstm.input", "lstm.data", "rnn_tanh.input", "rnn_tanh.data", "rnn_relu.input", "rnn_relu.data"),
     )
 )

@@ -2,9 +2,9 @@
 
 The dispatcher's table is the process's, autocast itself is the thread's. So a kernel first asks which `Plan` is in
 force *in this thread*; where there is none, it calls what was registered before, and PyTorch behaves as if we were not
-here. Registrations are counted per plan: made when the first region under it is entered (about 2 ms for CUDA's whole
-list), taken back when the last is left. Overlapping plans each register; whichever kernel is on top reads the thread's
-plan, so the order of leaving does not matter.
+here. An op's kernel is registered when the first region under a plan with a rule for it is entered (about 2 ms for
+CUDA's whole list), and stays for the life of the process: `torch.library` does not give all memory back, and a loop
+that registered and took back in each step would grow by it. One kernel serves all plans; it reads the thread's.
 
 Casting happens above autograd, as in PyTorch, so that gradients flow back through the casts. A weight is cast once per
 region and format, as by PyTorch's weight cache, and its gradients then accumulate in 16 bits as they do there.
@@ -50,7 +50,9 @@ class _ThreadState(threading.local):
 
 _thread = _ThreadState()
 _lock = threading.RLock()
-_libraries: dict[Plan, tuple[int, list[torch.library.Library]]] = {}
+_libraries: dict[str, torch.library.Library] = {}  # by namespace: taken back when the process ends
+_registered: set[tuple[str, str]] = set()  # ops, and the device types on whose keys their kernels are
+_ready: weakref.WeakSet[Plan] = weakref.WeakSet()  # plans of which all are
 _backward_plans: list[Plan | None] = []  # for backward threads of devices, which have no regions of their own
 
 
@@ -80,53 +82,37 @@ def in_force(plan: Plan | None, *, backward: bool = False) -> Iterator[None]:
         return
     outermost = not _thread.plans
     weights_before = _thread.weights
-    with _registered(plan) if plan is not None else contextlib.nullcontext():
-        _thread.plans.append(plan)
-        _thread.weights = None if backward else {} if outermost else weights_before
-        if backward:
-            _backward_plans.append(plan)
-        try:
-            yield
-        finally:
-            if backward:
-                _backward_plans.remove(plan)
-            _thread.weights = weights_before
-            _thread.plans.pop()
-
-
-@contextlib.contextmanager
-def _registered(plan: Plan) -> Iterator[None]:
-    with _lock:
-        count, libraries = _libraries.get(plan, (0, []))
-        if count == 0:
-            libraries = _register(plan)
-        _libraries[plan] = (count + 1, libraries)
+    if plan is not None and plan not in _ready:
+        _register(plan)
+    _thread.plans.append(plan)
+    _thread.weights = None if backward else {} if outermost else weights_before
+    if backward:
+        _backward_plans.append(plan)
     try:
         yield
     finally:
-        with _lock:
-            count, libraries = _libraries.pop(plan)
-            if count > 1:
-                _libraries[plan] = (count - 1, libraries)
-            else:
-                for library in libraries:
-                    library._destroy()  # type: ignore[no-untyped-call]  # torch's own class lacks annotations
+        if backward:
+            _backward_plans.remove(plan)
+        _thread.weights = weights_before
+        _thread.plans.pop()
 
 
-def _register(plan: Plan) -> list[torch.library.Library]:
-    kernels = {name: _kernel(name, plan.device_type) for name in plan.rules}
-    libraries: dict[str, torch.library.Library] = {}
+def _register(plan: Plan) -> None:
+    """Put the kernels of a plan's ops where they are not yet."""
     key = AUTOCAST_KEYS[plan.device_type]
-    with warnings.catch_warnings():
-        # "Overriding a previously registered kernel": that is what we are here for, and what is taken back.
+    with _lock, warnings.catch_warnings():
+        # "Overriding a previously registered kernel": that is what we are here for.
         warnings.filterwarnings("ignore", message="(?s).*verriding a previously registered kernel")
-        for name, kernel in kernels.items():
+        new = {name: _kernel(name, plan.device_type) for name in plan.rules}  # all are made before any is registered
+        for name, kernel in new.items():
+            if (name, plan.device_type) in _registered:
+                continue
             namespace, _, op = _qualified(name).partition("::")
-            if namespace not in libraries:
-                libraries[namespace] = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]  # as above
-            # Regions with rules of their own nest and overlap: an op may be overridden twice.
-            libraries[namespace].impl(op, kernel, key, with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]  # as above
-    return list(libraries.values())
+            if namespace not in _libraries:
+                _libraries[namespace] = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]  # torch's own class lacks annotations
+            _libraries[namespace].impl(op, kernel, key, with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]  # as above
+            _registered.add((name, plan.device_type))
+        _ready.add(plan)
 
 
 def _qualified(name: str) -> str:

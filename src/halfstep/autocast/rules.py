@@ -67,10 +67,13 @@ _CUDA: Mapping[Rule, tuple[str, ...]] = MappingProxyType(
     }
 )
 
-#: Ops that a CUDA build with cuDNN registers in addition. PyTorch's CPU has no such op: there ``mkldnn_rnn_layer`` does
-#: its work, and takes its rule.
+#: Ops that a CUDA build with cuDNN registers in addition. PyTorch's CPU has no such op: there these do its work, and
+#: take its rule. (A whole layer of a GRU, and any on packed sequences, is made of products and elementwise ops there,
+#: which by themselves would add the layer's FP32 state to 16-bit products, and end in FP32.)
 CUDNN_ONLY = ("_cudnn_rnn",)
-_CUDNN_STAND_INS = ("mkldnn_rnn_layer",)
+_CUDNN_STAND_INS = _names("""
+    mkldnn_rnn_layer gru.input gru.data lstm.data rnn_tanh.input rnn_tanh.data rnn_relu.input rnn_relu.data
+    """)
 
 #: Overloads for named dimensions, which PyTorch had until 2.12: no rule here, so type promotion.
 _NAMED_DIMENSIONS = _names("""
@@ -147,7 +150,8 @@ def plan(policy: Policy, device_type: str) -> Plan | None:
     if policy.rules == "cuda" and device_type != "cuda":
         rules |= dict.fromkeys(registered(device_type), "none")
         rules |= cuda_rules()
-        rules |= dict.fromkeys((op for op in _CUDNN_STAND_INS if op in rules), "lower")
+        if device_type == "cpu":  # whole LSTM layers not where their kernel is missing, and they stay in FP32
+            rules |= dict.fromkeys(_CUDNN_STAND_INS if kept else (*_CUDNN_STAND_INS, "lstm.input"), "lower")
     if policy.emulate:
         lower = {op for op, rule in cuda_rules().items() if rule == "lower"} if as_cuda else set(CPU_LOWER)
         for op in PRODUCTS.keys() | (MADE_OF_PRODUCTS & lower) if policy.float8 else HEAVY | lower:

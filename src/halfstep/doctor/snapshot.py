@@ -14,6 +14,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from halfstep.autocast.buffers import KeptBuffers
+
 
 class Snapshot:
     """The state of a program from when it is entered: of each module before its first call, of each optimizer before
@@ -26,6 +28,7 @@ class Snapshot:
         self._tensors: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}  # by id: itself, its values, its gradient
         self._optimizers: dict[int, tuple[Optimizer, dict[Any, Any], list[dict[str, Any]]]] = {}
         self._modules: set[int] = set()
+        self._buffers = KeptBuffers()
         self._handles: list[Any] = []
         self._random = (random.getstate(), np.random.get_state(), torch.get_rng_state())
         self._devices = _device_states()
@@ -46,6 +49,7 @@ class Snapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back, tensors in place."""
+        self._buffers.restore()
         for tensor, value, gradient in self._tensors.values():
             tensor.copy_(value)
             tensor.grad = None if gradient is None else gradient.clone()
@@ -63,8 +67,9 @@ class Snapshot:
     def _called(self, module: nn.Module, args: Any) -> None:
         if id(module) not in self._modules:
             self._modules |= {id(part) for part in module.modules()}
-            for tensor in [*module.parameters(), *module.buffers()]:
-                self._keep(tensor)
+            self._buffers.keep(module)
+            for parameter in module.parameters():
+                self._keep(parameter)
 
     def _stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if id(optimizer) not in self._optimizers:
