@@ -66,6 +66,79 @@ def test_without_floor_and_cap_in_reach_it_is_pytorchs_scaler(overflows: list[bo
         assert theirs.state_dict().items() <= ours.state_dict().items()
 
 
+class MegatronScale:
+    """Megatron-LM's `DynamicGradScaler`, in plain numbers."""
+
+    def __init__(self, scale: float, low: float, interval: int, hysteresis: int) -> None:
+        self.scale, self.low, self.interval = scale, low, interval
+        self.hysteresis = self.left = hysteresis
+        self.good = 0
+
+    def step(self, overflow: bool) -> None:
+        if overflow:
+            self.good = 0
+            self.left -= 1
+            if self.left <= 0:
+                self.scale = max(self.scale * 0.5, self.low)
+        else:
+            self.good += 1
+            if self.good == self.interval:
+                self.good, self.left = 0, self.hysteresis
+                self.scale *= 2.0
+
+
+class DeepSpeedScale:
+    """DeepSpeed's `DynamicLossScaler`, in plain numbers; it grows so many steps after the last overflow."""
+
+    def __init__(self, scale: float, low: float, window: int, hysteresis: int, consecutive: bool) -> None:
+        self.scale, self.low, self.window, self.consecutive = scale, low, window, consecutive
+        self.hysteresis = self.left = hysteresis
+        self.now, self.last = 0, -1
+
+    def step(self, overflow: bool) -> None:
+        if overflow:
+            if self.hysteresis == 1 or self.left == 1:
+                self.scale = max(self.scale / 2.0, self.low)
+            else:
+                self.left -= 1
+            self.last = self.now
+        else:
+            if self.consecutive:
+                self.left = self.hysteresis
+            if (self.now - self.last) % self.window == 0:
+                self.left = self.hysteresis
+                self.scale *= 2.0
+        self.now += 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), max_size=40), st.integers(1, 4), st.integers(1, 4), st.integers(0, 40), st.booleans())
+def test_hysteresis_is_megatrons_and_deepspeeds_by_choice(
+    overflows: list[bool], interval: int, hysteresis: int, restart_at: int, consecutive: bool
+) -> None:
+    twins: list[MegatronScale | DeepSpeedScale] = [DeepSpeedScale(2.0**10, 1.0, interval, hysteresis, consecutive)]
+    if not consecutive:
+        twins.append(MegatronScale(2.0**10, 1.0, interval, hysteresis))
+    options: dict[str, Any] = {"hysteresis": hysteresis, "consecutive_hysteresis": consecutive, "max_scale": 2.0**100}
+    scaler = GradScaler("cpu", 2.0**10, growth_interval=interval, max_skipped=0, **options)
+    for index, overflow in enumerate(overflows):
+        if index == restart_at:
+            state, scaler = scaler.state_dict(), GradScaler("cpu")
+            scaler.load_state_dict(state)
+        iterate(scaler, *problem(), overflow)
+        for twin in twins:
+            twin.step(overflow)
+            assert scaler.get_scale() == twin.scale
+
+
+def test_a_state_from_before_the_choice_keeps_consecutive_hysteresis() -> None:
+    state = GradScaler("cpu", hysteresis=2).state_dict()
+    del state["consecutive_hysteresis"]
+    scaler = GradScaler("cpu")
+    scaler.load_state_dict(state)
+    assert scaler.state_dict()["consecutive_hysteresis"] is True
+
+
 def test_pytorchs_scaler_collapses_to_zero_and_then_writes_nan_and_ours_does_not() -> None:
     theirs, ours = torch.amp.GradScaler("cpu"), GradScaler("cpu", max_skipped=0)
     results = []

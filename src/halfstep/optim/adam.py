@@ -90,7 +90,7 @@ class AdamW(Adam):
     ========== ============ =============================================================================
     master     state        bytes per parameter, with weight and gradient in 16 bits
     ========== ============ =============================================================================
-    ``exact``  ``fp32``     14; the same numbers as with FP32 parameters, bit for bit
+    ``exact``  ``fp32``     14; the same numbers as with FP32 parameters, bit for bit (fp16: from 2^-16 up)
     ``exact``  ``bf16``     10
     ``24bit``  ``8bit``     7.1; 5.1 with ``release_gradients=True``
     ========== ============ =============================================================================

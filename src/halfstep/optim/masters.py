@@ -4,8 +4,8 @@
 master       beside the parameter  bytes   holds
 ============ ===================== ======= =======================================================
 ``fp32``     float32 ``master``    4       the FP32 value
-``exact``    int16 ``remainder``   2       the FP32 value, bit for bit
-``24bit``    int8 ``remainder``    1       bf16: within 2^(E-16); fp16: within 2^(E-18)
+``exact``    int16 ``remainder``   2       the FP32 value, bit for bit; fp16: from 2^-16 up
+``24bit``    int8 ``remainder``    1       bf16: within 2^(E-16); fp16: within 2^(E-18), E >= -14
 ``none``     nothing               0       what the 16 bits hold; rounded stochastically
 ``none``     16-bit                2       with ``rounding="kahan"``: the parameter's rounding error,
              ``compensation``              itself rounded to 16 bits

@@ -38,7 +38,7 @@ from halfstep.scale.surveyed import Findings, Unscaling, flags_of, surveying
 from halfstep.scale.trajectory import DEFAULT_SCALE, Rule, bounds, move_, take_
 from halfstep.scale.watch import Watch
 
-LIMITS = ("min_scale", "max_scale", "hysteresis", "dynamic")
+LIMITS = ("min_scale", "max_scale", "hysteresis", "dynamic", "consecutive_hysteresis")
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -52,6 +52,8 @@ class GradScaler(torch.amp.GradScaler):
         max_scale: the scale never grows above this; 2^24, or ``init_scale`` where that is higher.
         max_skipped: raise `LossScaleError` when this many updates in a row were skipped; 0 never does.
         hysteresis: lower the scale at this many overflowing updates in a row, and at each one after them; 1: at once.
+        consecutive_hysteresis: False counts all overflowing updates since the scale last grew, in a row or not, as
+            Megatron-LM does, and DeepSpeed unless it is given this option.
         dynamic: False keeps the scale where it is; steps that overflow are skipped all the same.
         process_group: the ranks that skip together; "auto": all of them, wherever there are several and their gradients
             may differ (not under FSDP2, nor under a watched DistributedDataParallel); None: each rank for itself.
@@ -74,6 +76,7 @@ class GradScaler(torch.amp.GradScaler):
         max_scale: float | None = None,
         max_skipped: int = 50,
         hysteresis: int = 1,
+        consecutive_hysteresis: bool = True,
         dynamic: bool = True,
         process_group: Group = "auto",
         on_skip: Callable[[Skip], object] | None = None,
@@ -82,7 +85,8 @@ class GradScaler(torch.amp.GradScaler):
         super().__init__(device, start, growth_factor, backoff_factor, growth_interval, enabled)
         self._growth_factor, self._backoff_factor = growth_factor, backoff_factor  # PyTorch: not where disabled
         self._growth_interval = growth_interval
-        self._limits = Rule(growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis, dynamic)
+        factors = (growth_factor, backoff_factor, growth_interval)
+        self._limits = Rule(*factors, min_scale, max_scale, hysteresis, dynamic, consecutive_hysteresis)
         self._max_skipped, self._on_skip = max_skipped, on_skip
         self._process_group: Group = process_group
         self._to_be_measured = init_scale == "auto"

@@ -6,11 +6,14 @@
     otherwise: overflows = 0, good += 1;  if good == growth_interval: scale = min(scale * growth_factor, max_scale),
                                                                       good = 0
 
+Without ``consecutive_hysteresis`` a good step forgets no overflow, and ``overflows = 0`` stands beside the growth only.
+
 Everything is tensor arithmetic, so that the host never has to wait to learn whether a step overflowed. The floor is not
 cosmetic: without it PyTorch's scale reaches 0 after 166 overflows, and the next finite step computes 0 * inf.
 
-Source: ``torch._amp_update_scale_`` (the two factors); hysteresis as in Megatron-LM and DeepSpeed, where 1 is "at
-once".
+Sources: ``torch._amp_update_scale_`` (the two factors). Hysteresis: Megatron-LM's ``DynamicGradScaler`` and DeepSpeed's
+``DynamicLossScaler`` forget overflows where the scale grows; DeepSpeed with its option ``consecutive_hysteresis``,
+after each good step.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class Rule:
     max_scale: float
     hysteresis: int  #: so many overflows in a row lower the scale, and each one after them; 1: each one does
     dynamic: bool  #: False: the scale never moves by itself
+    consecutive_hysteresis: bool = True  #: only overflows in a row count for it; False: all since the scale grew
 
     def __post_init__(self) -> None:
         if not SMALLEST_SCALE <= self.min_scale <= self.max_scale < math.inf:
@@ -82,12 +86,12 @@ def bounds(
 
 
 class Trajectory:
-    """A scale, the good steps since it moved, and the overflows in a row. Plain numbers until `on` a device.
+    """A scale, the good steps since it moved, and the overflows that count. Plain numbers until `on` a device.
 
     Args:
         scale: where it starts.
         good: steps without overflow since the scale moved.
-        overflows: overflows in a row.
+        overflows: overflows in a row, or since the scale grew.
     """
 
     def __init__(self, scale: float, good: int = 0, overflows: int = 0) -> None:
@@ -132,7 +136,10 @@ def move_(
     torch._amp_update_scale_(scale, good, found_inf, rule.growth_factor, rule.backoff_factor, rule.growth_interval)
     scale.clamp_(rule.min_scale, rule.max_scale)
     if rule.hysteresis > 1:
-        overflows.add_(1).mul_(found_inf > 0)
+        overflowed = found_inf > 0
+        overflows.add_(overflowed)
+        # Growth has just begun to count anew, as an overflow has.
+        overflows.mul_(overflowed if rule.consecutive_hysteresis else overflowed | (good > 0))
         tolerated = (overflows > 0) & (overflows < rule.hysteresis)
         scale.copy_(torch.where(tolerated, before[0], scale))
     if void is not None:
