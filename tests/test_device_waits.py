@@ -30,7 +30,7 @@ from halfstep.optim import arrivals, backends
 from halfstep.optim.backends import cuda, eager
 from halfstep.optim.clipping import multiply_
 from halfstep.policy import parse
-from halfstep.scale import KeptStatistics
+from halfstep.scale import KeptBuffers
 from halfstep.scale.skips import total
 from halfstep.split import SplitTensor
 from halfstep.transfer import moved
@@ -298,14 +298,16 @@ def test_gradients_on_both_sides(device: FakeCuda, monkeypatch: pytest.MonkeyPat
 
 def test_small_things_on_the_host_wait_for_the_device(device: FakeCuda) -> None:
     on_device, on_host = torch.zeros((), device=CUDA), torch.zeros(())
-    statistics = KeptStatistics()
+    model, kept = nn.Sequential(nn.BatchNorm1d(3)), KeptBuffers()
     with device.counting() as counted:
-        statistics.keep(nn.BatchNorm1d(3))
+        kept.keep(model)
+        kept.wrote(model)
+        claimed = kept.claim(optim.SGD(model.parameters(), lr=0.1))
         for start in (
             lambda: moved(on_device, on_host.device),
             lambda: total([on_device], on_host.device),
             lambda: multiply_([torch.empty(3)], [on_device]),
-            lambda: statistics.restore(on_device),
+            lambda: kept.put_back(claimed, on_device),
         ):
             before = counted.waits.total()
             start()

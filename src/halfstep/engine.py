@@ -16,8 +16,8 @@ What `MixedPrecision.step` does, in this order::
     gradients of 16-bit parameters to FP32 masters      (a model that brings such parameters)
     unscale, in FP32; look for inf and NaN              (loss-scaling policies)
     clip by the norm of the unscaled gradients          (if asked)
-    optimizer.step()                                    unless inf or NaN was found: then nothing changes,
-                                                        running statistics of the forward pass included
+    optimizer.step()                                    unless inf or NaN was found: then nothing changes, and
+                                                        what the forward pass wrote to buffers is put back
     move the loss scale; zero the gradients
 
 That is how any torch optimizer is stepped; unscaling and clipping read and write all gradients, once each. The host
@@ -32,6 +32,11 @@ once, at the end, to say in `StepResult` what happened; without scaling and clip
 those of the same optimizer of ``torch.optim``, bit for bit. Where gradients are clipped they differ by a rounding: a
 gradient is multiplied by the product of 1 / scale and the clip coefficient, and not by one after the other, and the
 norm is summed in float64.
+
+If it raises (Ctrl-C, a hook), the step was made and all that follows it was done, or it was not made. Then `step` may
+be called again, unless gradients were unscaled or clipped in memory: those are dropped. With optimizers of
+`halfstep.optim` it is one of these; others may be interrupted with half of the weights written, and the exception has a
+note that says so.
 
 Accumulate by calling ``backward(loss / n)`` n times before ``step``. The optimizer stays the user's: schedulers and
 checkpoints go on using it, and its state dict; `MixedPrecision.state_dict` holds it and the loss scale. Parameters stay
@@ -70,6 +75,7 @@ from halfstep.optim.release import GradientRelease
 from halfstep.optim.surveying import gradient_coefficient
 from halfstep.policy import Policy, resolve
 from halfstep.scale import GradScaler
+from halfstep.scale.attempt import Attempt
 from halfstep.scale.fused import asks_first
 from halfstep.split import NarrowGradients
 from halfstep.transfer import moved
@@ -108,7 +114,9 @@ class LargestGradients(Mapping[str, float]):
 class StepResult:
     """What one `MixedPrecision.step` did."""
 
-    applied: bool  #: False: the gradients held inf or NaN and the model is as it was
+    #: False: the gradients held inf or NaN, and weights, optimizer and buffers are as they were. (With released
+    #: gradients: those parameters whose own gradient held them; the backward pass has stepped the others.)
+    applied: bool
     scale: float | None  #: the loss scale of this step's gradients; None without loss scaling
     grad_norm: float | None  #: 2-norm of the unscaled gradients before clipping; None unless clipping was asked for
     #: Largest magnitudes by parameter, where they were looked for in the first of two passes; else None.
@@ -179,9 +187,11 @@ class MixedPrecision:
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         """The context for the forward pass and the loss."""
-        if self.policy.loss_scaling and self.model.training and torch.is_grad_enabled():
-            self.scaler.keep_statistics(self.model)
-        with float32_precision(self.policy), autocast(self.policy, self.device_type):
+        with (
+            self.scaler.forward_of(self.model, keeps=self._may_skip()),
+            float32_precision(self.policy),
+            autocast(self.policy, self.device_type),
+        ):
             yield
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
@@ -192,8 +202,15 @@ class MixedPrecision:
         """
         if (watch := self._watched_by()) is not None:
             watch.note_loss(loss)
+        if self.scaler.has_stepped(self.optimizer):  # and was interrupted twice
+            self.scaler.update()
+        scaling = self.scaler.is_enabled()
+        if not scaling:
+            self.scaler.backward_starts(loss)
         with float32_precision(self.policy), recomputation(self.policy, self.device_type):
             self.scaler.scale(loss).backward(**kwargs)
+        if not scaling:
+            self.scaler.backward_ended()
 
     def step(self, *, max_grad_norm: float | None = None, zero_grad: bool = True) -> StepResult:
         """Update the model from the gradients, unless they hold inf or NaN.
@@ -216,22 +233,26 @@ class MixedPrecision:
         ):
             raise RuntimeError("step() found no gradients: call backward(loss) first, on a loss of this model")
         watch = self._watched_by()
-        held_back = False
-        if watch is not None and not self.scaler.is_enabled():  # a scaler looks itself
-            held_back = watch.holds_back(already_stepped=release is not None)
-        if held_back:
-            result = StepResult(applied=False, scale=None, grad_norm=None)
-        elif release is not None:
-            result = self._after_release(release, max_grad_norm)
-        elif isinstance(optimizer, MasterOptimizer):
-            result = self._two_passes(optimizer, max_grad_norm, leave=not zero_grad)
-        else:
-            result = self._many_passes(max_grad_norm)
-        if watch is not None:
-            watch.stepped(applied=result.applied, scale=result.scale)
-        if zero_grad:
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
+        attempt = Attempt(self.scaler, optimizer)
+        try:
+            held_back = False
+            if watch is not None and not self.scaler.is_enabled():  # a scaler looks itself
+                held_back = watch.holds_back(already_stepped=release is not None)
+            if held_back:
+                result = StepResult(applied=False, scale=None, grad_norm=None)
+            elif release is not None:
+                result = self._after_release(release, max_grad_norm)
+            elif isinstance(optimizer, MasterOptimizer):
+                result = self._two_passes(optimizer, max_grad_norm, leave=not zero_grad)
+            else:
+                result = self._many_passes(max_grad_norm, attempt)
+            attempt.ended(applied=result.applied)
+            if watch is not None:
+                watch.stepped(applied=result.applied, scale=result.scale)
+            attempt.close(zero_grad=zero_grad)
+        except BaseException as error:
+            attempt.interrupted(error, zero_grad=zero_grad)
+            raise
         return result
 
     def _two_passes(self, optimizer: MasterOptimizer, max_grad_norm: float | None, *, leave: bool) -> StepResult:
@@ -275,11 +296,13 @@ class MixedPrecision:
             self._names.update({p: name for name, p in self.model.named_parameters()})
         return self._names.setdefault(parameter, f"{len(self._names)}")
 
-    def _many_passes(self, max_grad_norm: float | None) -> StepResult:
+    def _many_passes(self, max_grad_norm: float | None, attempt: Attempt) -> StepResult:
         """Step an optimizer that knows nothing of scales: its gradients are unscaled and clipped in memory before."""
         scaler, optimizer, masters = self.scaler, self.optimizer, self.masters
         norm: list[Tensor] = []
         read: tuple[bool, float | None, list[float]] | None = None
+        # Masters have gradients of their own, which go when they go; but some parameters stay FP32.
+        attempt.spoils_gradients = scaler.is_enabled() or max_grad_norm is not None
         with masters.exchanged() if masters is not None else contextlib.nullcontext():
             scaler.unscale_(optimizer)
             if max_grad_norm is not None:
@@ -289,12 +312,10 @@ class MixedPrecision:
                 read = scaler.read(optimizer, *norm)  # where the host has to wait anyway, it waits for all of it
             with in_one_pass(optimizer):
                 scaler.step(optimizer)
-        if masters is not None and not scaler.is_enabled():
-            masters.cast_back()
+            if masters is not None:
+                masters.cast_back()  # of a skipped step nothing that is not there already
         # The norm is read behind the step, not before it: the device would have nothing to do meanwhile.
         applied, scale, grad_norm = read or scaler.read(optimizer, *norm)
-        if masters is not None and scaler.is_enabled() and applied:
-            masters.cast_back()
         return StepResult(applied, scale, grad_norm[0] if grad_norm else None)
 
     def explain(self, *batch: Any, **kwargs: Any) -> Explanation:
@@ -335,6 +356,10 @@ class MixedPrecision:
         watch = BadStepWatch(self, save, folder, every=every, keep=keep)
         self._watch = weakref.ref(watch)
         return watch
+
+    def _may_skip(self) -> bool:
+        """Whether a step of this one may not be taken: a scaler's, or a watch's."""
+        return self.scaler.is_enabled() or self._watched_by() is not None
 
     def _watched_by(self) -> BadStepWatch | None:
         return None if self._watch is None else self._watch()

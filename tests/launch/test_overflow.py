@@ -124,3 +124,44 @@ def test_closure_is_followed(launch):
         losses = ran.out["losses"]
         assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 2
         assert [round(s.loss, 6) for s in ran.record.steps] == [round(x, 6) for x in losses]
+
+
+def test_a_generators_graph_outlives_the_discriminators_skipped_step(launch):
+    """DCGAN: one forward pass of the generator serves both updates, and the discriminator's first ones are skipped."""
+    ran = launch(
+        """
+        import torch
+        from torch import nn
+        torch.manual_seed(0)
+        G = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+        D = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+        oD, oG = torch.optim.Adam(D.parameters(), lr=1e-3), torch.optim.Adam(G.parameters(), lr=1e-3)
+        seen = []
+        for i in range(6):
+            real, z = torch.randn(32, 4), torch.randn(32, 8)
+            states = [[b.clone() for m in (D, G) for b in m.buffers()]]
+            oD.zero_grad()
+            (D(real) - 1).square().sum().backward()
+            fake = G(z)
+            D(fake.detach()).square().sum().backward()
+            oD.step()
+            states.append([b.clone() for m in (D, G) for b in m.buffers()])
+            oG.zero_grad()
+            (D(fake) - 1).square().sum().backward()
+            oG.step()
+            states.append([b.clone() for m in (D, G) for b in m.buffers()])
+            seen.append([[torch.equal(a, b) for a, b in zip(one, other)] for one, other in zip(states, states[1:])])
+        torch.save({"seen": seen}, "out.pt")
+        """,
+        "fp16-mixed",
+    )
+    applied = [step.applied for step in ran.record.steps]
+    assert not applied[0] and applied[-2:] == [True, True]
+    for step, (judged, generated) in enumerate(ran.out["seen"]):
+        by_judge, by_generator = applied[2 * step : 2 * step + 2]
+        # The generator's forward pass is not the discriminator's step; all of it goes if its own is skipped.
+        assert judged == [not by_judge] * 3 + [False] * 3
+        if by_generator:
+            assert generated == [False] * 3 + [True] * 3
+        else:
+            assert generated[:3] == [True] * 3 and generated[3:] == [False] * 3

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import halfstep
 from halfstep.optim import SGD, Adam, AdamW, Lion, MasterOptimizer
 from halfstep.optim.release import GradientsKeptWarning
+from halfstep.optim.update import Update
 
 BF16, FP16 = torch.bfloat16, torch.float16
 Make = Callable[..., MasterOptimizer]
@@ -522,8 +523,8 @@ def test_an_overflow_does_not_clip_what_comes_after_it(value: float) -> None:
 class Untouched(SGD):
     """Steps nothing: what is left is what release adds."""
 
-    def advance(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def updates(self, *args: Any, **kwargs: Any) -> list[Update]:
+        return []
 
 
 class Reads(TorchDispatchMode):

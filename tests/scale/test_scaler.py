@@ -12,9 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scaling_problems import Twin, iterate, problem
-from torch import Tensor, nn
 
-from halfstep.scale import GradScaler, KeptStatistics, LossScaleError
+from halfstep.scale import GradScaler, LossScaleError
 
 settings_of_scale = st.tuples(
     st.sampled_from([1.0, 8.0, 2.0**10, 2.0**16]),
@@ -320,46 +319,3 @@ def test_gradients_that_arrived_unscaled_are_checked_and_not_divided_again(fused
     assert torch.equal(weight, plain)
     scaler.update()
     assert scaler.get_scale() == (2.0**15 if overflow else 2.0**16)
-
-
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.BatchNorm1d(4)
-        self.b = nn.BatchNorm1d(4, momentum=None)
-        self.c = nn.InstanceNorm1d(4, track_running_stats=True)
-        self.d = nn.BatchNorm1d(4, track_running_stats=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.d(self.c(self.b(self.a(x))))
-        return y
-
-
-def test_running_statistics_are_put_back_bit_for_bit() -> None:
-    model, kept = Normed(), KeptStatistics()
-    model(torch.randn(5, 4, 3))
-    before = copy.deepcopy(model.state_dict())
-    buffers = dict(model.named_buffers())
-    kept.keep(model)
-    model(torch.randn(5, 4, 3))
-    kept.keep(model)  # a second microbatch of the same step must not be taken for the state to return to
-    model(torch.full((5, 4, 3), math.inf))
-    assert model.a.running_mean is not None and not model.a.running_mean.isfinite().any()
-    kept.restore()
-    after = model.state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
-    model(torch.randn(5, 4, 3))
-    moved = copy.deepcopy(model.state_dict())
-    kept.restore()  # nothing is remembered any more
-    assert all(torch.equal(value, moved[name]) for name, value in model.state_dict().items())
-    kept.keep(model)
-    kept.forget()
-    model(torch.randn(5, 4, 3))
-    kept.keep(model.a)
-    within = model.a.running_var.clone() if model.a.running_var is not None else None
-    model(torch.randn(5, 4, 3))
-    kept.keep(model)  # a part was remembered before the whole
-    kept.restore()
-    assert within is not None and model.a.running_var is not None and torch.equal(model.a.running_var, within)
-    assert not torch.equal(model.a.running_mean, moved["a.running_mean"])

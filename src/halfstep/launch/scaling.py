@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from halfstep.autocast import LOW_PRECISION
 from halfstep.scale import GradScaler
+from halfstep.scale.graph import leaf_of, nodes
 
 Original = Callable[..., Any]
 
@@ -180,14 +181,4 @@ def _put_first(hooks: MutableMapping[int, Any] | None, key: int) -> None:
 
 def _leaves(roots: Sequence[Tensor]) -> Iterable[Tensor]:
     """The leaf tensors of the graph behind ``roots``: also those that no optimizer or module holds."""
-    seen: set[Any] = set()
-    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)  # AccumulateGrad
-        if isinstance(variable, Tensor):
-            yield variable
-        waiting += [following for following, _ in node.next_functions if following is not None]
+    return [leaf for node in nodes(roots) if (leaf := leaf_of(node)) is not None]

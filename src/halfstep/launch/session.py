@@ -35,7 +35,7 @@ from halfstep.optim.fused_on_planes import in_one_pass
 from halfstep.optim.loading import STALE, load_beside_masters
 from halfstep.policy import Policy
 from halfstep.record import Memory, Notice, Step
-from halfstep.scale import KeptStatistics
+from halfstep.scale import KeptBuffers
 from halfstep.split import NarrowGradients
 
 Original = Callable[..., Any]
@@ -101,7 +101,7 @@ class Session:
         self.watcher: Watcher | None = None
         self.entering_ours = False
         self._scaling = ScriptScaling()
-        self._statistics = KeptStatistics()
+        self._buffers = KeptBuffers()
         self._islands = ScriptIslands()
         self._narrow: list[NarrowGradients] = []
         self._narrowed: set[int] = set()
@@ -113,6 +113,7 @@ class Session:
         if getattr(self._local, "in_module", False):
             return original(module, *args, **kwargs)
         self._local.in_module = True
+        keeps = False
         try:
             if not _is_a_models_call(module):
                 return original(module, *args, **kwargs)
@@ -133,8 +134,8 @@ class Session:
                 return original(module, *args, **kwargs)
             if self.scales_loss and torch.is_grad_enabled() and not in_backward():
                 self._scaling.note_inputs(tree_leaves((args, kwargs)))
-                if module.training:
-                    self._statistics.keep(module)
+                keeps = True
+                self._buffers.keep(module)
             if not self.policy.lowers:
                 return original(module, *args, **kwargs)
             with self._our_autocast(device_type):
@@ -142,6 +143,8 @@ class Session:
             return to_float32(result)
         finally:
             self._local.in_module = False
+            if keeps:
+                self._buffers.wrote(module)
             if self.watcher is not None and not in_backward():
                 self.watcher.forward_ended()
 
@@ -172,6 +175,8 @@ class Session:
                 )
             for optimizer in list(self.stepped):  # a parameter may be kept from this graph and stepped all the same
                 self._scaling.hook(p for group in optimizer.param_groups for p in group["params"])
+            self._buffers.before_backward(roots)
+            stack.callback(self._buffers.after_backward)
             return self._scaling.backward(original, roots, given, *args, **kwargs)
 
     # ------------------------------------------------------------------ optimizer and scheduler
@@ -388,9 +393,12 @@ class Session:
         else:
             result, applied = self._stepped_with_closure(original, optimizer, closure)
             scale = scaling.scale
+        claimed = self._buffers.claim(optimizer)
         if not applied:
-            self._statistics.restore()
-        self._statistics.forget()
+            self._buffers.put_back(claimed)
+            self._buffers.forget(claimed)
+        else:
+            self._buffers.settle(claimed)
         return result, applied, scale
 
     def _stepped_with_closure(

@@ -3,8 +3,10 @@
 To torch, to schedulers, to gradient scalers and trainers it is an optimizer like any other: ``param_groups`` hold the
 model's own parameters, ``state`` holds plain tensors, and `step` may be called with a closure. What differs is how the
 numbers are kept (`halfstep.optim.masters`, `halfstep.optim.moments`) and that a step reads and writes each of them
-once. Scale and skip reach that pass as scalars on the device: a gradient scaler, PyTorch's too, sets ``grad_scale``
-and ``found_inf`` on an optimizer that says ``_step_supports_amp_scaling``, and calls `step` whatever the flag says.
+once. A step is made whole or not at all: first every update is prepared, then all are written, and whatever interrupts
+that is raised when it is done (`halfstep.transaction`). Scale and skip reach that pass as scalars on the device: a
+gradient scaler, PyTorch's too, sets ``grad_scale`` and ``found_inf`` on an optimizer that says
+``_step_supports_amp_scaling``, and calls `step` whatever the flag says.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from halfstep.autocast import LOW_PRECISION
 from halfstep.optim import backends, masters, moments, pages
 from halfstep.optim.adopting import adopt
 from halfstep.optim.backends import BackendName
-from halfstep.optim.clipping import inverse, multiply_
+from halfstep.optim.clipping import inverse
 from halfstep.optim.jobs import Jobs
 from halfstep.optim.layout import (
     flat,
@@ -41,8 +43,9 @@ from halfstep.optim.options import check_storage
 from halfstep.optim.release import GradientRelease
 from halfstep.optim.rules import SGD, Rule
 from halfstep.optim.surveying import gradient_coefficient, survey_of
-from halfstep.optim.update import Backend, Job, Survey
+from halfstep.optim.update import Backend, Job, Survey, Update
 from halfstep.split import SplitTensor
+from halfstep.transaction import to_the_end
 from halfstep.transfer import moved
 
 
@@ -69,6 +72,7 @@ class MasterOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True
 
+    steps_made: int  #: by this object, whole; skipped ones too
     _jobs: Jobs
     _ordinals: dict[int, int]  #: by the parameter's id
     _backends: dict[torch.device, Backend]
@@ -90,6 +94,7 @@ class MasterOptimizer(Optimizer):
         self.backend: BackendName = backend
         self.seed = seed
         self.release: GradientRelease | None = None
+        self.steps_made = 0
         self._forget()
         super().__init__(params, {**defaults, "master": master, "state": state, "rounding": rounding})
         backends.choose(backend, next((local(p).device for p in self._parameters()), torch.device("cpu")))
@@ -119,16 +124,33 @@ class MasterOptimizer(Optimizer):
             self.release.finish()
             return loss
         self._unscales = self._unscales or coefficient is not None
+        if self._scalars is not None:
+            coefficient, found_inf = self._scalars
+        updates: list[Update] = []
         try:
             for group in self.param_groups:
                 pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
-                self.advance(group, pairs, coefficient, found_inf)
+                updates += self.updates(group, pairs, coefficient, found_inf)
         finally:
             self._unscales = False
+        following = self.steps_made + 1
+
+        def write() -> None:
+            for update in updates:
+                update.write()
+            self.steps_made = following
+
+        to_the_end(write, f"{type(self).__name__}.step()")
         return loss
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether this is within `scaled`."""
+        return self._scalars is not None
 
     def survey(self) -> Survey:
         """One look at all gradients as they are: norm, inf and NaN, largest magnitudes; over all shards."""
+        self._scalars = None  # of a step that was interrupted
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
         return survey_of(gradients, self.backend) if self.release is None else self.release.survey(gradients)
 
@@ -175,60 +197,40 @@ class MasterOptimizer(Optimizer):
             self._scalars, self._unscales = None, False
 
     @torch.no_grad()
-    def advance(
+    def updates(
         self,
         group: dict[str, Any],
         pairs: Iterable[tuple[Tensor, Tensor]],
         coefficient: Tensor | None,
         found_inf: Tensor | None,
-    ) -> None:
-        """Step these parameters of a group with these gradients; what `step` does for all of them."""
-        if self._scalars is not None:
-            coefficient, found_inf = self._scalars
+    ) -> list[Update]:
+        """What steps these parameters of a group with these gradients, prepared; nothing is written yet."""
         rule = self.rule(group)
-        by_device: dict[torch.device, list[Job]] = {}
-        in_planes: list[Tensor] = []
-        copied: list[tuple[Tensor, Tensor]] = []
-        scaled: list[tuple[Tensor, Job]] = []
+        by_device: dict[torch.device, Update] = {}
         states = rule.states
+        unscale = coefficient is not None and self._unscales
         for parameter, gradient in pairs:
+            copied: list[tuple[Tensor, Tensor]] = []
             job = self._job(parameter, gradient, group, rule, states, copied)
-            scaled.append((gradient, job))
+            device = job.parameter.device
+            if (update := by_device.get(device)) is None:
+                update = by_device[device] = Update(
+                    self._backend(device),
+                    rule,
+                    stochastic=_rounding(group) == "stochastic",
+                    coefficient=_scalar(coefficient, device),
+                    found_inf=_scalar(found_inf, device),
+                    unscale=unscale,
+                )
+            update.jobs.append(job)
+            if unscale:
+                update.scaled.append((gradient, job, gradient._version))
+            update.copied += copied
             if isinstance(parameter, SplitTensor):
-                in_planes.append(parameter)
-            by_device.setdefault(job.parameter.device, []).append(job)
+                update.in_planes.append(parameter)
         if self._jobs.dropped:
             self._tell_of_dropped_masters()
-        unscale = coefficient is not None and self._unscales
-        for device, jobs in by_device.items():
-            backend = self._backend(device)
-            options: dict[str, Any] = {"unscale": True} if unscale and backend.name == "native" else {}
-            backend.update(
-                jobs,
-                rule,
-                stochastic=_rounding(group) == "stochastic",
-                coefficient=_scalar(coefficient, device),
-                found_inf=_scalar(found_inf, device),
-                **options,
-            )
-        if unscale and coefficient is not None:
-            self._unscale_rest(scaled, coefficient)
-        for parameter, copy in copied:
-            parameter.copy_(copy)
-        # The kernels write through pointers; autograd and others look at the version to see that values changed.
-        torch.autograd.graph.increment_version([job.parameter for jobs in by_device.values() for job in jobs])
-        torch.autograd.graph.increment_version(in_planes)
-
-    def _unscale_rest(self, scaled: Iterable[tuple[Tensor, Job]], coefficient: Tensor) -> None:
-        """Multiply gradients in memory, but FP16 ones, and those that the pass over their parameters has multiplied."""
-        rest = []
-        for gradient, job in scaled:
-            done = self._backend(job.parameter.device).name == "native" and (
-                job.gradient.data_ptr() == local(gradient).data_ptr()
-            )
-            if gradient.dtype is not torch.float16 and not done:
-                rest.append(gradient)
-        multiply_(rest, [coefficient])
+        return list(by_device.values())
 
     def master(self, parameter: Tensor) -> Tensor:
         """The FP32 master of a parameter of this optimizer: a new tensor of its shape (of a sharded one, this part)."""
@@ -267,6 +269,13 @@ class MasterOptimizer(Optimizer):
         self._forget()
         if self.release is not None:
             self.release.hook()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; with it a step that was interrupted is given up."""
+        self._scalars = None
+        if self.release is not None:
+            self.release.abandon()
+        super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as it is: no entry is cast to its parameter's format.
@@ -408,6 +417,7 @@ class MasterOptimizer(Optimizer):
         for key, held in self.state.items():
             if isinstance(key, Tensor) and isinstance(held, dict):
                 self.state[key] = renamed(held, key)
+        self.steps_made = 0
         self._forget()
         if is_copy:
             self.release = None if released is None else GradientRelease(self, **released)

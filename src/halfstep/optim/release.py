@@ -19,6 +19,9 @@ clipping          by the larger of two norms: that of the previous step, and tha
                   (which bounds the first step, and any single gradient that explodes): ``max_grad_norm``
 ================= ====================================================================================================
 
+A backward pass that is interrupted has stepped some parameters, each of them whole, and not the others. It cannot be
+repeated: another one, before `step` or ``zero_grad()``, is refused. After either of them training goes on.
+
 Nothing here makes the host wait for the device (`tests/test_device_waits.py`).
 """
 
@@ -40,6 +43,7 @@ from halfstep.optim.arrivals import Place, Tally, place_of
 from halfstep.optim.layout import local
 from halfstep.optim.surveying import survey_of
 from halfstep.optim.update import Survey
+from halfstep.transaction import to_the_end
 from halfstep.transfer import moved
 
 if TYPE_CHECKING:
@@ -80,6 +84,7 @@ class GradientRelease:
 
     def _begin(self) -> None:
         """A new step."""
+        self._is_abandoned = False
         self._stepped: set[Tensor] = set()
         self._surveys: list[Survey] = []
         self._was_surveyed = False
@@ -154,6 +159,13 @@ class GradientRelease:
         if optimizer is not None:
             self._hook_parameters(optimizer)
 
+    def abandon(self) -> None:
+        """The gradients are reset: unless the step is ended nevertheless, the next backward pass begins another one.
+
+        That is how training goes on after a backward pass that was interrupted: what it had stepped stays stepped.
+        """
+        self._is_abandoned = bool(self._stepped)
+
     @torch.no_grad()
     def finish(self) -> None:
         """End a step: step parameters whose gradients did not pass a hook, tell the scaler, and start the next one.
@@ -170,17 +182,26 @@ class GradientRelease:
         called_by_scaler = hasattr(optimizer, "found_inf")
         self._check(called_by_scaler)
         left = [(group, p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if left and self._is_abandoned:
+            self._begin()
         self._check_left([p for _, p in left])
         # A scaler hands over nothing to multiply by where `unscale_` has divided what is left already.
         divided = called_by_scaler and optimizer._scalars is None and getattr(optimizer, "grad_scale", None) is None
         optimizer._scalars = None  # each parameter is judged by itself, as in its hook
         for group, parameter in left:
             self._step(optimizer, group, parameter, None if divided else self._inverse_scale())
-        self._measure()
-        if called_by_scaler and self._scaler is not None and not self._was_surveyed:
-            _tell(self._scaler, optimizer, [tally.found_inf for tally in self._tallies.values()])
-        self._accumulated = False
-        self._begin()
+        norm = self._measured()
+        following = optimizer.steps_made + 1
+
+        def write() -> None:
+            if called_by_scaler and self._scaler is not None and not self._was_surveyed:
+                _tell(self._scaler, optimizer, [tally.found_inf for tally in self._tallies.values()])
+            self._grad_norm = norm
+            self._accumulated = False
+            self._begin()
+            optimizer.steps_made = following
+
+        to_the_end(write, f"{self._name}.step()")
         self._hook_parameters(optimizer)
 
     @torch.no_grad()
@@ -193,6 +214,8 @@ class GradientRelease:
         optimizer = self._optimizer()
         if optimizer is None or self._depth or parameter.grad is None:
             return
+        if self._is_abandoned:
+            self._begin()
         if self._groups_of is not optimizer.param_groups:  # a state was loaded
             self._hook_parameters(optimizer)
         group = self._groups.get(parameter)
@@ -230,21 +253,36 @@ class GradientRelease:
         assert gradient is not None
         coefficient, found_inf = inverse_scale, None
         scaled = self._scales()
-        if scaled or self.max_grad_norm is not None:
-            arrival = self._tally(local(gradient).device).take(
-                gradient,
-                optimizer.backend,
-                inverse_scale=inverse_scale,
-                norm_before=self._grad_norm,
-                limit=self.max_grad_norm,
-            )
-            self._surveys.append(arrival.survey)
-            found_inf = arrival.found_inf if scaled else None
-            if arrival.coefficient is not None:
-                coefficient = arrival.coefficient
-        optimizer.advance(group, [(parameter, gradient)], coefficient, found_inf)
-        parameter.grad = None
-        self._stepped.add(parameter)
+        surveys = self._surveys
+        tally = self._tally(local(gradient).device) if scaled or self.max_grad_norm is not None else None
+        before = None if tally is None else (tally.sum_of_squares, tally.found_inf)
+        try:
+            if tally is not None:
+                arrival = tally.take(
+                    gradient,
+                    optimizer.backend,
+                    inverse_scale=inverse_scale,
+                    norm_before=self._grad_norm,
+                    limit=self.max_grad_norm,
+                )
+                surveys = [*surveys, arrival.survey]
+                found_inf = arrival.found_inf if scaled else None
+                if arrival.coefficient is not None:
+                    coefficient = arrival.coefficient
+            updates = optimizer.updates(group, [(parameter, gradient)], coefficient, found_inf)
+
+            def write() -> None:
+                for update in updates:
+                    update.write()
+                self._surveys = surveys
+                self._stepped.add(parameter)
+                parameter.grad = None
+
+            to_the_end(write, f"the step of a parameter of shape {tuple(parameter.shape)}")
+        except BaseException:
+            if tally is not None and before is not None and parameter not in self._stepped:
+                tally.sum_of_squares, tally.found_inf = before  # it will be added when it is stepped
+            raise
 
     def _tally(self, device: torch.device) -> Tally:
         place = place_of(device)
@@ -252,17 +290,17 @@ class GradientRelease:
             self._tallies[place] = Tally(device)
         return self._tallies[place]
 
-    def _measure(self) -> None:
+    def _measured(self) -> Tensor | None:
         """The norm of this step, unless a gradient held inf or NaN: then the one before it goes on."""
         if not self._tallies:
-            return
+            return self._grad_norm
         tallies = list(self._tallies.values())
         device = tallies[0].found_inf.device
         squares = torch.stack([moved(tally.sum_of_squares, device) for tally in tallies]).sum()
         found = torch.stack([moved(tally.found_inf, device) for tally in tallies]).sum()
         norm = squares.sqrt().float()
         before = torch.zeros_like(norm) if self._grad_norm is None else moved(self._grad_norm, device)
-        self._grad_norm = torch.where(found > 0, before, norm)
+        return torch.where(found > 0, before, norm)
 
     def _scales(self) -> bool:
         return self._scaler is not None and self._scaler.is_enabled()

@@ -26,11 +26,15 @@ An update, in the words of the oracle (`halfstep.optim.backends.eager`)::
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from halfstep.optim.clipping import multiply_
+from halfstep.optim.layout import local
 from halfstep.optim.rules import Rule
 
 if TYPE_CHECKING:
@@ -84,7 +88,7 @@ class Backend(Protocol):
         coefficient: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """Step every job; all are on one device.
+        """Step every job, whole; all are on one device. What is interrupted has stepped all of them, or none.
 
         Args:
             stochastic: round what a 24-bit master, or a parameter without one, drops, stochastically.
@@ -109,3 +113,87 @@ class Arriving(Protocol):
         limit: float | None,
     ) -> Arrival:
         """`halfstep.optim.arrivals.Tally.take` of a flat gradient, on the tally's device with all numbers."""
+
+
+class Update:
+    """One call of a backend, prepared: a group's jobs on one device.
+
+    Args:
+        backend: makes it.
+        rule, stochastic, coefficient, found_inf: as `Backend.update` has them.
+        unscale: leave gradients multiplied by the coefficient in memory, but FP16 ones.
+
+    Attributes:
+        jobs: what it steps; all or none of them.
+        copied: parameters, and copies that are stepped for them, because their memory has gaps.
+        in_planes: parameters whose planes are stepped.
+        scaled: to be left multiplied: gradients, their jobs, and their versions as they are now.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        rule: Rule,
+        *,
+        stochastic: bool,
+        coefficient: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool = False,
+    ) -> None:
+        self.jobs: list[Job] = []
+        self.copied: list[tuple[Tensor, Tensor]] = []
+        self.in_planes: list[Tensor] = []
+        self.scaled: list[tuple[Tensor, Job, int]] = []
+        self._unscale = unscale
+        self._backend, self._rule = backend, rule
+        self._stochastic, self._coefficient, self._found_inf = stochastic, coefficient, found_inf
+        self._step_before: float | None = None
+        self._was_called = False
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Make it, unless it is made; may be called again when it was interrupted."""
+        if not self._is_made():
+            # The compiled kernels do it while a gradient is in the cache.
+            options: dict[str, Any] = {"unscale": True} if self._unscale and self._backend.name == "native" else {}
+            self._backend.update(
+                self.jobs,
+                self._rule,
+                stochastic=self._stochastic,
+                coefficient=self._coefficient,
+                found_inf=self._found_inf,
+                **options,
+            )
+            self._was_called = True
+        self._unscale_rest()
+        for parameter, copy in self.copied:
+            parameter.copy_(copy)
+        # The kernels write through pointers; autograd and others look at the version to see that values changed.
+        torch.autograd.graph.increment_version([job.parameter for job in self.jobs])
+        torch.autograd.graph.increment_version(self.in_planes)
+
+    def _unscale_rest(self) -> None:
+        """Multiply the gradients that the pass over their parameters has not multiplied, unless it is done."""
+        if self._coefficient is None:
+            return
+        native = self._backend.name == "native"
+        rest = []
+        for gradient, job, version in self.scaled:
+            done = native and job.gradient.data_ptr() == local(gradient).data_ptr()
+            if gradient.dtype is not torch.float16 and not done and gradient._version == version:
+                rest.append(gradient)
+        multiply_(rest, [self._coefficient])
+
+    def _is_made(self) -> bool:
+        """On the host a count of steps, which is written with the weights, tells; elsewhere only that the call
+        returned, for the host would have to wait for the device."""
+        if self._was_called:
+            return True
+        step = self.jobs[0].step
+        if step.device.type != "cpu" or type(step) is not Tensor:  # a fake one has no memory
+            return False
+        # Out of memory, and not by `item`: nobody waits for a device here.
+        count = ctypes.c_float.from_address(step.data_ptr()).value
+        if self._step_before is None:
+            self._step_before = count
+        return count != self._step_before

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from halfstep.scale.surveyed import Surveying
 from halfstep.scale.watch import Watch
+from halfstep.transaction import to_the_end
 from halfstep.transfer import moved
 
 #: "auto": all ranks, wherever there are several and their gradients may differ; None: each rank for itself.
@@ -96,8 +97,9 @@ def multiply_(
         HalfGradientError: a gradient is FP16, and ``allow_fp16`` is not given.
     """
     kinds = by_kind(optimizer, allow_fp16, lambda parameter: watched.name_of(parameter, optimizer))
-    flags = unscale_(kinds, factor, found_inf, look_again=look_again)
-    return agreed(flags, found_inf, optimizer, watched, group)
+    division = Division(kinds, factor, found_inf, look_again=look_again)
+    to_the_end(division.write, "the division of gradients")
+    return agreed(division.flags, found_inf, optimizer, watched, group)
 
 
 def agreed(
@@ -108,25 +110,33 @@ def agreed(
     return flags if ranks is None else agree_(flags, found_inf, ranks)
 
 
-@torch.no_grad()
-def unscale_(
-    kinds: dict[Kind, list[Tensor]], factor: Tensor, found_inf: Tensor, *, look_again: bool
-) -> dict[torch.device, Tensor]:
-    """Multiply gradients by ``factor``, in place; returns a flag per device, above 0 where inf or NaN was found.
+class Division:
+    """Gradients multiplied by a factor, in place, and a flag per device, above 0 where inf or NaN was found.
 
     Args:
+        kinds: the gradients, `by_kind`.
         factor: FP32, 1 element; 1 / scale.
         found_inf: FP32, 1 element: the flags start as copies of it.
         look_again: also look at the products.
     """
-    factors = _MultiDeviceReplicator(factor)
-    flags = _MultiDeviceReplicator(found_inf)
-    for (device, *_), gradients in kinds.items():
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, flags.get(device), factors.get(device))
+
+    def __init__(self, kinds: dict[Kind, list[Tensor]], factor: Tensor, found_inf: Tensor, *, look_again: bool) -> None:
+        factors, flags = _MultiDeviceReplicator(factor), _MultiDeviceReplicator(found_inf)
+        calls = [(gradients, flags.get(kind[0]), factors.get(kind[0])) for kind, gradients in kinds.items()]
         if look_again:
-            one = torch.ones_like(factors.get(device))
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, flags.get(device), one)
-    return flags._per_device_tensors
+            ones = {device: torch.ones_like(factors.get(device)) for device, *_ in kinds}
+            calls += [(gradients, flags.get(kind[0]), ones[kind[0]]) for kind, gradients in kinds.items()]
+        self._calls = calls
+        self._made: list[None] = []
+        self.flags: dict[torch.device, Tensor] = flags._per_device_tensors
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Do what has not been done. Nothing tells of a gradient whether it was divided, so each call is counted as it
+        returns, by the interpreter's own code: no signal comes between the two."""
+        left = self._calls[len(self._made) :]
+        if left:
+            self._made.extend(map(torch._amp_foreach_non_finite_check_and_unscale_, *zip(*left, strict=True)))
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -11,13 +11,13 @@ Two octaves: later batches' gradients are larger than the first one's, and a ski
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfstep.scale.gradients import Group, smallest_of_ranks
+from halfstep.scale.graph import leaf_of, nodes
 from halfstep.scale.trajectory import Rule
 
 HEADROOM = 2  #: octaves
@@ -80,10 +80,17 @@ def _peak(loss: Tensor, scale: float) -> float:
                 (low if gradient.dtype is torch.float16 else others).append(values.detach().abs().amax().float())
 
     loss = in_float32(loss)
-    nodes, leaves = _graph(loss)
+    inner: list[Any] = []
+    leaves: list[Tensor] = []
+    for node in nodes([loss]):
+        leaf = leaf_of(node)
+        if leaf is None:
+            inner.append(node)
+        else:
+            leaves.append(leaf)
     hooks: list[Any] = []
     try:
-        for node in nodes:
+        for node in inner:
             hooks.append(node.register_prehook(see))
         grads = torch.autograd.grad(loss * scale, leaves, torch.ones_like(loss), retain_graph=True, allow_unused=True)
     except RuntimeError as error:
@@ -97,27 +104,3 @@ def _peak(loss: Tensor, scale: float) -> float:
     see(grads)
     peaks = [amax.to(loss.device) for amax in low or others]
     return float(torch.stack(peaks).max().item()) if peaks else 0.0
-
-
-def _graph(loss: Tensor) -> tuple[list[Any], list[Tensor]]:
-    """Every node of the graph below ``loss`` that passes gradients on, and the leaves that they end at."""
-    nodes: list[Any] = []
-    leaves: list[Tensor] = []
-    for node in _walk(loss.grad_fn):
-        if hasattr(node, "variable"):  # AccumulateGrad: a leaf
-            leaves.append(node.variable)
-        else:
-            nodes.append(node)
-    return nodes, leaves
-
-
-def _walk(root: Any) -> Iterator[Any]:
-    seen = {root}
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)

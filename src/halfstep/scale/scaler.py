@@ -12,12 +12,18 @@ hysteresis, a static scale, an initial scale that is measured, a scale per loss,
 number of skipped steps, and an error with a diagnosis instead of skipping for ever. None of it makes the host wait for
 the device where PyTorch's scaler does not: `halfstep.scale.skips`.
 
+Whatever raises inside `unscale_`, `step` or `update` (Ctrl-C, a hook, no memory), gradients are divided by the scale
+once. `unscale_` divides all of them or none, and `update` moves everything or nothing. A `step` that raised may be
+called again if nothing was written; if another backward pass begins instead, it is given up, or, where it was made,
+`update` is made up for.
+
 Source: Micikevicius et al. 2018, Mixed Precision Training; ``torch/amp/grad_scaler.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
@@ -27,16 +33,20 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
+from halfstep.scale.buffers import Entry
 from halfstep.scale.diagnosis import Cause, LossScaleError, explain
 from halfstep.scale.fused import divides_itself, is_listened_to
-from halfstep.scale.gradients import Group, agreed, holds_fp16, multiply_
+from halfstep.scale.gradients import Division, Group, agreed, by_kind, holds_fp16, multiply_, parameters
 from halfstep.scale.measure import first_scale, in_float32
+from halfstep.scale.progress import Progress, note_half_written
 from halfstep.scale.separate import SeparateLosses
 from halfstep.scale.skips import Skip, SkipCount, Verdict, Verdicts, read_together, total
 from halfstep.scale.surveyed import Findings, Unscaling, flags_of, surveying
-from halfstep.scale.trajectory import DEFAULT_SCALE, Rule, bounds, move_, take_
+from halfstep.scale.trajectory import DEFAULT_SCALE, Move, Rule, bounds, take_
 from halfstep.scale.watch import Watch
+from halfstep.transaction import to_the_end
 
 LIMITS = ("min_scale", "max_scale", "hysteresis", "dynamic", "consecutive_hysteresis")
 
@@ -98,7 +108,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _begin(self) -> None:
         """What neither a state dict nor a copy carries: it belongs to an iteration, or to a process."""
-        self._watched = Watch()
+        self._watched = Watch(scales=self.is_enabled())
         self._verdicts = Verdicts()
         self._together = False  # whether scale() was called in this iteration
 
@@ -138,17 +148,38 @@ class GradScaler(torch.amp.GradScaler):
     def watch(self, model: nn.Module) -> None:
         """Look at ``model`` before its forward passes, which adds three things.
 
-        Running statistics of its normalisation layers are put back when a step is skipped; errors name its parameters;
-        and the diagnosis can tell data that are not finite from a forward pass that overflows. Watch a compiled model
-        after ``torch.compile``, a replicated one after ``DistributedDataParallel``.
+        Buffers that they write (running statistics, moving averages) are put back when the step is skipped that they
+        are part of; errors name its parameters; and the diagnosis can tell data that are not finite from a forward pass
+        that overflows. Watch a compiled model after ``torch.compile``, a replicated one after
+        ``DistributedDataParallel``.
         """
-        if self.is_enabled():
-            self._watched.model(model)
+        self._watched.model(model)
 
-    def keep_statistics(self, model: nn.Module) -> None:
-        """Remember a model's running statistics as they are now, once per iteration; `update` puts them back."""
-        if self.is_enabled():
-            self._watched.statistics.keep(model)
+    def forward_of(self, model: nn.Module, *, keeps: bool | None = None) -> contextlib.AbstractContextManager[None]:
+        """Within, forward passes of ``model``, of its parts, and of any watched model, are part of this scaler's step.
+
+        Args:
+            keeps: whether to remember buffers; None: where the scaler is enabled, for else it skips no step.
+        """
+        self._watched.keeps = self.is_enabled() if keeps is None else keeps
+        return self._watched.forward_of(model)
+
+    def backward_starts(self, loss: Tensor) -> None:
+        """Where `scale` is not called: a backward pass of ``loss`` begins."""
+        if self._watched.keeps:
+            self._watched.buffers.before_backward([loss])
+
+    def backward_ended(self) -> None:
+        """Such a backward pass has ended."""
+        if self._watched.keeps:
+            self._watched.buffers.after_backward()
+
+    def stepped_outside(self, optimizer: Optimizer, *, applied: bool) -> None:
+        """A step that `step` did not make, or make here: where it was not applied, buffers are put back."""
+        claimed = self._watched.buffers.claim(optimizer)
+        if not applied:
+            self._watched.buffers.put_back(claimed)
+        self._watched.buffers.forget(claimed)
 
     def cause_of_skip(self) -> Cause:
         """Why the present iteration's step is skipped; looked for when first asked, before data and losses are gone."""
@@ -166,7 +197,7 @@ class GradScaler(torch.amp.GradScaler):
         if isinstance(outputs, Tensor):
             self._see(outputs)
             self._together = True
-            return super().scale(in_float32(outputs))
+            return self._watched.seen_through(super().scale(in_float32(outputs)))
         if isinstance(outputs, Iterable):
             scaled = [self.scale(output) for output in outputs]
             return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
@@ -202,14 +233,15 @@ class GradScaler(torch.amp.GradScaler):
         assert self._scale is not None
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         with self._separate.collecting(name, self._scale, optimizers, self._multiply_) as scale:
-            yield in_float32(loss) * scale
+            yield self._watched.seen_through(in_float32(loss) * scale)
 
     def check_unscaled(self, optimizer: Optimizer) -> None:
         """Look for inf and NaN in gradients that were unscaled as they arrived; stands in for `unscale_`."""
         if not self.is_enabled():
             return
+        state = self._state_of(optimizer)
         self._check_inf_per_device(optimizer)  # type: ignore[no-untyped-call,unused-ignore]  # typed since torch 2.13
-        self._per_optimizer_states[id(optimizer)]["stage"] = OptState.UNSCALED
+        state["stage"] = OptState.UNSCALED
 
     def take_survey(self, optimizer: Optimizer, found: Findings) -> Unscaling:
         """Stands in for `unscale_` where an optimizer looks at its gradients itself; `step` then checks nothing more.
@@ -219,15 +251,16 @@ class GradScaler(torch.amp.GradScaler):
                 verdict stays, and the inverse that this returns is 1.
         """
         scale, _ = self._check_scale_growth_tracker("take_survey")
-        state = self._per_optimizer_states[id(optimizer)]
+        state = self._state_of(optimizer)
         if state["stage"] is OptState.STEPPED:
-            raise RuntimeError("step() has already been called since the last update().")
+            raise RuntimeError(_STEPPED_TWICE)
         inverse = torch.ones_like(scale)
-        if state["stage"] is OptState.READY:
+        if state["stage"] is OptState.READY or "surveyed" in state:  # a survey that no step followed is of the past
             inverse = scale.double().reciprocal().float()
             flags = flags_of(found, inverse, look_again=self._limits.min_scale < 1)
             flags = agreed(flags, torch.zeros_like(scale), optimizer, self._watched, self._process_group)
-            state.update(found_inf_per_device=flags, stage=OptState.UNSCALED)
+            state = self._begin_state(optimizer)
+            state.update(found_inf_per_device=flags, stage=OptState.UNSCALED, surveyed=True)
         return Unscaling(scale, inverse, total(state["found_inf_per_device"].values(), scale.device))
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -240,25 +273,53 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self.is_enabled():
             return super().step(optimizer, *args, **kwargs)
-        state = self._per_optimizer_states[id(optimizer)]
-        self._verdicts.forget(optimizer, state)
-        if state["stage"] is OptState.READY and (surveyor := surveying(optimizer)) is not None:
-            _, inverse, found_inf = self.take_survey(optimizer, surveyor.survey())
-            with surveyor.scaled(inverse, found_inf, in_memory=True):  # to leave in .grad what PyTorch's scaler leaves
-                return self.step(optimizer, *args, **kwargs)
-        listened_to = is_listened_to(optimizer)
-        may_grow = self._limits.min_scale < 1  # a gradient, when it is divided
-        if (may_grow or listened_to) and state["stage"] is not OptState.STEPPED and divides_itself(optimizer):
-            if state["stage"] is OptState.READY:  # its kernel divides after the check, so divide and look before
-                # FP16 is divided in FP32, within the step, where no quotient overflows.
-                (self._check_inf_per_device if holds_fp16(optimizer) else self.unscale_)(optimizer)
-            if listened_to and self._learn(self._verdict(optimizer)):
-                state["stage"] = OptState.STEPPED
-                return None
-        result = super().step(optimizer, *args, **kwargs)
-        if self._verdict(optimizer).is_known:
-            self._learn(self._verdict(optimizer))
-        return result
+        state = self._state_of(optimizer)
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError(_STEPPED_TWICE)
+        progress = Progress(optimizer)
+        scalars = {name: vars(optimizer).get(name) for name in ("grad_scale", "found_inf")}
+        try:
+            return self._step(optimizer, *args, **kwargs)
+        except BaseException as error:
+            for name, value in scalars.items():  # PyTorch's scaler has left its own there
+                if value is None:
+                    vars(optimizer).pop(name, None)
+                else:
+                    setattr(optimizer, name, value)
+            self._interrupted(optimizer, progress, error)
+            raise
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """Divide an optimizer's gradients by the scale, in memory: all of them, or none if it raises.
+
+        Raises:
+            HalfGradientError: gradients are FP16.
+            RuntimeError: they were divided already.
+        """
+        if not self.is_enabled():
+            return
+        scale, _ = self._check_scale_growth_tracker("unscale_")
+        state = self._state_of(optimizer)
+        if state["stage"] is OptState.UNSCALED:
+            raise RuntimeError(_UNSCALED_TWICE)
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError("unscale_() is being called after step().")
+        inverse = scale.reciprocal() if scale.device.type == "mps" else scale.double().reciprocal().float()
+        kinds = by_kind(optimizer, False, lambda parameter: self._watched.name_of(parameter, optimizer))
+        division = Division(kinds, inverse, torch.zeros_like(scale), look_again=self._limits.min_scale < 1)
+        divided = _first_gradient(optimizer)
+
+        def write() -> None:
+            division.write()
+            state.update(
+                found_inf_per_device=division.flags,
+                divided=None if divided is None else TensorWeakRef(divided),  # one stands for all
+                to_agree=True,
+                stage=OptState.UNSCALED,
+            )
+
+        to_the_end(write, "unscale_()")
+        self._agree(optimizer, state)
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Move the scale by what the steps since the last call found, inside its floor and cap.
@@ -276,23 +337,67 @@ class GradScaler(torch.amp.GradScaler):
         verdict = self._verdicts.together(self._per_optimizer_states, scale.device)
         if verdict is None and new_scale is None:
             raise AssertionError("No inf checks were recorded prior to update.")
-        rule = self._rule
+        rule, buffers = self._rule, self._watched.buffers
         before = scale.clone() if self._on_skip is not None else None
+        moves: list[Move] = []
+        taken = None
         if new_scale is not None:
-            take_(scale, new_scale, rule)
+            taken = scale.clone()
+            take_(taken, new_scale, rule)
         elif verdict is not None and (self._together or not self._separate.any_used()):
             void = self._separate.found_inf()
-            move_(scale, good, self._overflows, verdict.found_inf, rule, void=void)
-        self._separate.move(rule)
-        try:
-            if verdict is not None:
-                if not verdict.is_known or verdict.overflowed:
-                    self._watched.statistics.restore(None if verdict.is_known else verdict.found_inf)
-                self._count(verdict, before)
-        finally:
+            moves.append(Move(scale, good, self._overflows, verdict.found_inf, rule, void=void))
+        moves += self._separate.moves(rule)
+        claims = self._claims(scale.device)
+        skips = self._skips if verdict is None else self._skips.with_one_more(verdict)
+        skip = limit = None
+        if verdict is not None:
+            if before is not None and verdict.overflowed:
+                skip = (self.cause_of_skip(), float(before.item()))
+            if self._max_skipped and skips.may_have_reached(self._max_skipped) and skips.in_a_row >= self._max_skipped:
+                limit = (self.cause_of_skip(), self._watched.saw_inputs())
+
+        def write() -> None:
+            if taken is not None:
+                scale.copy_(taken)
+            for move in moves:
+                move.write()
+            for entries, found in reversed(claims):
+                if not found.is_known or found.overflowed:
+                    buffers.put_back(entries, None if found.is_known else found.found_inf)
+            for entries, _ in claims:
+                buffers.forget(entries)
+            self._skips = skips
+            self._separate.forget()
             self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
             self._watched.forget()
             self._together = False
+
+        to_the_end(write, "update()")
+        if skip is not None and self._on_skip is not None:
+            self._on_skip(Skip(*skip, self.get_scale(), skips.in_a_row, skips.in_all))
+        if limit is not None:
+            lowest = min([self.get_scale(), *self._separate.scales()])
+            raise LossScaleError(explain(limit[0], skips.in_a_row, lowest, rule, inputs_seen=limit[1]))
+
+    def has_stepped(self, optimizer: Optimizer) -> bool:
+        """Whether a step of this optimizer waits for `update`."""
+        state = self._per_optimizer_states.get(id(optimizer)) if self.is_enabled() else None
+        return state is not None and state["stage"] is OptState.STEPPED
+
+    def is_under_way(self) -> bool:
+        """Whether anything was checked, divided or stepped since the last `update`."""
+        return self.is_enabled() and bool(self._per_optimizer_states)
+
+    def abandon(self, optimizer: Optimizer) -> None:
+        """Forget what was checked of this optimizer's gradients, unless they are divided; it has not stepped."""
+        state = self._per_optimizer_states.get(id(optimizer)) if self.is_enabled() else None
+        if state is None:
+            return
+        if _is_divided(optimizer, state):
+            state["interrupted"] = True
+        else:
+            del self._per_optimizer_states[id(optimizer)]
 
     def get_scale(self, name: Hashable | None = None) -> float:
         """The scale, or that of the loss of this name (see `scaled_loss`); 1 where disabled. Waits for the device."""
@@ -337,8 +442,8 @@ class GradScaler(torch.amp.GradScaler):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._begin()
         super().__setstate__(state)
+        self._begin()
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
         super()._lazy_init_scale_growth_tracker(dev)
@@ -373,7 +478,10 @@ class GradScaler(torch.amp.GradScaler):
 
     def _see(self, loss: Tensor) -> None:
         """A loss, before it is scaled: remember it, and measure the first one if that was asked for."""
+        if self._per_optimizer_states:
+            self.resume()
         self._watched.loss(loss)
+        self.backward_starts(loss)
         if self._to_be_measured and (scale := first_scale(loss, self._limits, self._process_group)) is not None:
             self._to_be_measured = False
             self._init_scale = scale
@@ -390,15 +498,128 @@ class GradScaler(torch.amp.GradScaler):
             self._watched.cause()
         return verdict.overflowed
 
-    def _count(self, verdict: Verdict, before: Tensor | None) -> None:
-        """Count an update; tell of a skip, and raise at too many, reading the device only if that may be necessary."""
-        skips = self._skips
-        skips.add(verdict)
-        if before is not None and self._on_skip is not None and verdict.overflowed:
-            scales = (float(before.item()), self.get_scale())
-            self._on_skip(Skip(self.cause_of_skip(), *scales, skips.in_a_row, skips.in_all))
-        limit = self._max_skipped
-        if limit and skips.may_have_reached(limit) and skips.in_a_row >= limit:
-            cause, seen = self.cause_of_skip(), self._watched.saw_inputs()
-            scale = min([self.get_scale(), *self._separate.scales()])
-            raise LossScaleError(explain(cause, skips.in_a_row, scale, self._rule, inputs_seen=seen))
+    def _state_of(self, optimizer: Optimizer) -> dict[str, Any]:
+        """PyTorch's state of an optimizer's step, with what this class adds to it."""
+        state = self._per_optimizer_states[id(optimizer)]
+        if "optimizer" not in state:
+            state["optimizer"] = weakref.ref(optimizer)
+        return state
+
+    def _begin_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of a step of which nothing has happened."""
+        self._per_optimizer_states.pop(id(optimizer), None)
+        return self._state_of(optimizer)
+
+    def _step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        state = self._state_of(optimizer)
+        self._verdicts.forget(optimizer, state)
+        surveyor = surveying(optimizer)
+        if surveyor is not None and (
+            state["stage"] is OptState.READY or ("surveyed" in state and not surveyor.is_scaled)
+        ):
+            _, inverse, found_inf = self.take_survey(optimizer, surveyor.survey())
+            with surveyor.scaled(inverse, found_inf, in_memory=True):  # to leave in .grad what PyTorch's scaler leaves
+                return self._step(optimizer, *args, **kwargs)
+        self._agree(optimizer, state)
+        if self._watched.keeps and "claims" not in state:
+            state["claims"] = self._watched.buffers.claim(optimizer)
+        listened_to = is_listened_to(optimizer)
+        may_grow = self._limits.min_scale < 1  # a gradient, when it is divided
+        if (may_grow or listened_to) and state["stage"] is not OptState.STEPPED and divides_itself(optimizer):
+            if state["stage"] is OptState.READY:  # its kernel divides after the check, so divide and look before
+                # FP16 is divided in FP32, within the step, where no quotient overflows.
+                (self._check_inf_per_device if holds_fp16(optimizer) else self.unscale_)(optimizer)
+            if listened_to and self._learn(self._verdict(optimizer)):
+                state["stage"] = OptState.STEPPED
+                return None
+        result = super().step(optimizer, *args, **kwargs)
+        if self._verdict(optimizer).is_known:
+            self._learn(self._verdict(optimizer))
+        return result
+
+    def _interrupted(self, optimizer: Optimizer, progress: Progress, error: BaseException) -> None:
+        """A step has raised: its state becomes that of a step that was made, or of one that was not begun."""
+        state = self._state_of(optimizer)
+        if state["stage"] is OptState.STEPPED or progress.has_moved():
+            if state["stage"] is not OptState.STEPPED and not progress.is_whole:
+                note_half_written(error, optimizer)
+            state.update(stage=OptState.STEPPED, interrupted=True)
+        elif "surveyed" in state or state["stage"] is OptState.READY:
+            self._begin_state(optimizer)
+        else:
+            state["interrupted"] = True  # the gradients are divided, and the step may be called again
+
+    def resume(self) -> None:
+        """Another backward pass begins: bring interrupted steps to an end.
+
+        One that was made gets the `update` that it lacks. One that was not is given up; gradients of it that are still
+        there, and that others are about to be added to, are multiplied by the scale again.
+        """
+        was_made = False
+        for key, state in list(self._per_optimizer_states.items()):
+            optimizer = state["optimizer"]() if "optimizer" in state else None
+            if optimizer is None:
+                continue
+            interrupted = "interrupted" in state
+            if state["stage"] is OptState.STEPPED:
+                was_made |= interrupted
+            elif state["stage"] is OptState.UNSCALED and (
+                interrupted or all(p.grad is None for p in parameters(optimizer))
+            ):
+                self._give_up(key, optimizer, state)
+        if was_made:
+            self.update()
+
+    def _give_up(self, key: int, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        if self._scale is None or not _is_divided(optimizer, state):
+            del self._per_optimizer_states[key]
+            return
+        kinds = by_kind(optimizer, True, lambda parameter: self._watched.name_of(parameter, optimizer))
+        scaling = Division(kinds, self._scale, torch.zeros_like(self._scale), look_again=False)
+
+        def write() -> None:
+            scaling.write()
+            self._per_optimizer_states.pop(key, None)
+
+        to_the_end(write, "an interrupted step's end")
+
+    def _agree(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Make the flags those of all ranks, unless they are."""
+        if "to_agree" in state:
+            assert self._scale is not None
+            flags, zero = state["found_inf_per_device"], torch.zeros_like(self._scale)
+            flags = agreed(flags, zero, optimizer, self._watched, self._process_group)
+            state["found_inf_per_device"] = flags
+            del state["to_agree"]
+
+    def _claims(self, device: torch.device) -> list[tuple[list[Entry], Verdict]]:
+        """The forward passes of each optimizer's step, and the verdict on it."""
+        claims: list[tuple[list[Entry], Verdict]] = []
+        for state in self._per_optimizer_states.values():
+            optimizer = state["optimizer"]() if "optimizer" in state else None
+            if optimizer is None or not state["found_inf_per_device"]:
+                continue
+            entries = state["claims"] if "claims" in state else self._watched.buffers.claim(optimizer)
+            if entries:
+                claims.append((entries, self._verdicts.on(optimizer, state, device)))
+        return claims
+
+
+_STEPPED_TWICE = (
+    "step() has already been called since the last update(). (If the loop was interrupted between the two, call "
+    "update() before you go on.)"
+)
+_UNSCALED_TWICE = (
+    "unscale_() has already been called on this optimizer since the last update(). (If the loop was interrupted "
+    "between unscale_() and step(), call step(), or drop the gradients by optimizer.zero_grad(set_to_none=True).)"
+)
+
+
+def _first_gradient(optimizer: Optimizer) -> Tensor | None:
+    return next((p.grad for p in parameters(optimizer) if p.grad is not None), None)
+
+
+def _is_divided(optimizer: Optimizer, state: dict[str, Any]) -> bool:
+    """Whether the gradients that `unscale_` has divided are the optimizer's still."""
+    divided = state.get("divided")
+    return divided is not None and divided() is not None and divided() is _first_gradient(optimizer)

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from halfstep.scale.gradients import is_sharded, parameters
 from halfstep.scale.skips import total
-from halfstep.scale.trajectory import Rule, Trajectory, move_
+from halfstep.scale.trajectory import Move, Rule, Trajectory
 
 
 class SeparateLosses:
@@ -78,10 +78,10 @@ class SeparateLosses:
             ratio, nothing = common / scale, torch.zeros_like(scale)
             # A product that overflows is the common scale's fault: the common check finds it, and lowers that one.
             found = [multiply(each, ratio, nothing, False, False) for each in optimizers]
+            add_back(kept)
         except BaseException:
             put_back(kept)
             raise
-        add_back(kept)
         self.overflowed(name, total((flag for flags in found for flag in flags.values()), scale.device))
 
     def overflowed(self, name: Hashable, found_inf: Tensor) -> None:
@@ -96,10 +96,12 @@ class SeparateLosses:
         """Above 0 where any of them overflowed since the last update; None where none took part."""
         return torch.stack(list(self._found.values())).sum() if self._found else None
 
-    def move(self, rule: Rule) -> None:
-        """Move the scales of those that took part since the last update."""
-        for name, found_inf in self._found.items():
-            move_(*self._losses[name].on(found_inf.device), found_inf, rule)
+    def moves(self, rule: Rule) -> list[Move]:
+        """The moves of the scales of those that took part since the last update."""
+        return [Move(*self._losses[name].on(found.device), found, rule) for name, found in self._found.items()]
+
+    def forget(self) -> None:
+        """They were made: an iteration is over."""
         self._found.clear()
 
     def state(self) -> dict[Hashable, tuple[float, int, int]]:

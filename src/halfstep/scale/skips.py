@@ -108,6 +108,13 @@ class Verdicts:
             self._of[optimizer] = (self.last, state)
         return self._of[optimizer][0]
 
+    def on(self, optimizer: Optimizer, state: dict[str, Any], device: torch.device) -> Verdict:
+        """The same for whoever steps nothing: `last` stays what it is."""
+        known = self._of.get(optimizer)
+        if known is not None and known[1] is state:
+            return known[0]
+        return Verdict(total(state["found_inf_per_device"].values(), device))
+
     def together(self, states: dict[int, dict[str, Any]], device: torch.device) -> Verdict | None:
         """The verdict on an iteration; None if nothing was checked in it."""
         known = {id(optimizer): verdict for optimizer, (verdict, _) in self._of.items()}
@@ -146,11 +153,13 @@ class SkipCount:
         self._in_a_row = in_a_row
         self._unread: list[Verdict] = []
 
-    def add(self, verdict: Verdict) -> None:
-        """Count an update. Free of waiting."""
-        self._unread.append(verdict)
-        if all(each.is_known for each in self._unread) or len(self._unread) >= MOST_UNREAD:
-            self._read()
+    def with_one_more(self, verdict: Verdict) -> SkipCount:
+        """The count after another update. Free of waiting, but where answers have piled up."""
+        following = SkipCount(self._in_all, self._in_a_row)
+        following._unread = [*self._unread, verdict]
+        if all(each.is_known for each in following._unread) or len(following._unread) >= MOST_UNREAD:
+            following._read()
+        return following
 
     def may_have_reached(self, limit: int) -> bool:
         """Whether ``limit`` skips in a row are possible; False needs no reading."""
@@ -177,8 +186,9 @@ class SkipCount:
     def _read(self) -> None:
         unknown = [verdict.found_inf for verdict in self._unread if not verdict.is_known]
         answers = iter(torch.stack(unknown).tolist() if unknown else [])
+        in_all, in_a_row = self._in_all, self._in_a_row
         for verdict in self._unread:
             skipped = verdict.overflowed if verdict.is_known else bool(next(answers))
-            self._in_all += skipped
-            self._in_a_row = self._in_a_row + 1 if skipped else 0
-        self._unread.clear()
+            in_all += skipped
+            in_a_row = in_a_row + 1 if skipped else 0
+        self._in_all, self._in_a_row, self._unread = in_all, in_a_row, []

@@ -37,6 +37,14 @@ class Findings(Protocol):
 class Surveying(Protocol):
     """An optimizer that surveys its gradients, and multiplies them while it steps."""
 
+    @property
+    def steps_made(self) -> int:
+        """So many steps have been made, whole: one that is interrupted is made, or changes nothing."""
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether this is within `scaled`."""
+
     def survey(self) -> Findings:
         """Look at all gradients, once."""
 

@@ -120,31 +120,53 @@ class Trajectory:
         return {"_start": self.state(), "_tensors": None}
 
 
-def move_(
-    scale: Tensor, good: Tensor, overflows: Tensor, found_inf: Tensor, rule: Rule, *, void: Tensor | None = None
-) -> None:
-    """Move a trajectory's tensors by one update, in place.
+class Move:
+    """One update of a trajectory's tensors, in place.
 
     Args:
+        scale, good, overflows: of the trajectory.
         found_inf: above 0 where the update's gradients overflowed.
         void: where this is above 0 the update does not count, and nothing moves.
     """
-    if not rule.dynamic:
-        return
-    tensors = (scale, good, overflows)
-    before = [tensor.clone() for tensor in tensors] if void is not None or rule.hysteresis > 1 else []
-    torch._amp_update_scale_(scale, good, found_inf, rule.growth_factor, rule.backoff_factor, rule.growth_interval)
-    scale.clamp_(rule.min_scale, rule.max_scale)
-    if rule.hysteresis > 1:
-        overflowed = found_inf > 0
-        overflows.add_(overflowed)
-        # Growth has just begun to count anew, as an overflow has.
-        overflows.mul_(overflowed if rule.consecutive_hysteresis else overflowed | (good > 0))
-        tolerated = (overflows > 0) & (overflows < rule.hysteresis)
-        scale.copy_(torch.where(tolerated, before[0], scale))
-    if void is not None:
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor.copy_(torch.where(void > 0, value, tensor))
+
+    def __init__(
+        self,
+        scale: Tensor,
+        good: Tensor,
+        overflows: Tensor,
+        found_inf: Tensor,
+        rule: Rule,
+        *,
+        void: Tensor | None = None,
+    ) -> None:
+        self._tensors = (scale, good, overflows)
+        self._found_inf, self._rule, self._void = found_inf, rule, void
+        self._version = scale._version
+        self._before = [t.clone() for t in self._tensors] if void is not None or rule.hysteresis > 1 else []
+
+    def write(self) -> None:
+        """Make it. Called again after an interruption, it ends what was begun."""
+        rule, (scale, good, overflows), found_inf = self._rule, self._tensors, self._found_inf
+        if not rule.dynamic:
+            return
+        if scale._version != self._version:
+            for tensor, value in zip(self._tensors, self._before, strict=False):
+                tensor.copy_(value)
+        if scale._version == self._version or self._before:
+            torch._amp_update_scale_(
+                scale, good, found_inf, rule.growth_factor, rule.backoff_factor, rule.growth_interval
+            )
+        scale.clamp_(rule.min_scale, rule.max_scale)
+        if rule.hysteresis > 1:
+            overflowed = found_inf > 0
+            overflows.add_(overflowed)
+            # Growth has just begun to count anew, as an overflow has.
+            overflows.mul_(overflowed if rule.consecutive_hysteresis else overflowed | (good > 0))
+            tolerated = (overflows > 0) & (overflows < rule.hysteresis)
+            scale.copy_(torch.where(tolerated, self._before[0], scale))
+        if self._void is not None:
+            for tensor, value in zip(self._tensors, self._before, strict=True):
+                tensor.copy_(torch.where(self._void > 0, value, tensor))
 
 
 def take_(scale: Tensor, new_scale: float | Tensor, rule: Rule) -> None:

@@ -27,6 +27,7 @@ from halfstep.optim import dither, masters, moments, rules
 from halfstep.optim.backends import eager
 from halfstep.optim.rules import Rule
 from halfstep.optim.update import Job, Survey
+from halfstep.transaction import to_the_end
 
 name = "compile"
 
@@ -57,7 +58,19 @@ def update(
         LostRoundingError: the compiler removed a rounding that matters.
     """
     options = {"stochastic": stochastic, "coefficient": coefficient, "found_inf": found_inf}
-    for job in jobs:
+    index = 0
+    step_before: float | None = None  # of the job under way, on the host: it is written with the weights
+
+    def write() -> None:
+        nonlocal index, step_before
+        while index < len(jobs):
+            job = jobs[index]
+            if step_before is None or float(job.step) == step_before:
+                step_before = float(job.step) if job.step.device.type == "cpu" else None
+                step_one(job)
+            index, step_before = index + 1, None
+
+    def step_one(job: Job) -> None:
         # 8-bit rows that are no whole number of groups make the graph's index arithmetic take minutes to compile.
         ragged = job.row % moments.GROUP != 0 and any(scale is not None for scale in job.scales)
         if ragged or job.parameter.numel() < SMALLEST:
@@ -65,6 +78,8 @@ def update(
         else:
             _check(job, rule, stochastic)
             _step(job, rule, stochastic, coefficient, found_inf)
+
+    to_the_end(write, "an update")
 
 
 def survey(gradients: Sequence[Tensor]) -> Survey:

@@ -31,6 +31,7 @@ from halfstep.optim import dither
 from halfstep.optim.moments import GROUP
 from halfstep.optim.rules import SGD, Adam, Rule
 from halfstep.optim.update import Arrival, Job, Survey
+from halfstep.transaction import to_the_end
 
 if TYPE_CHECKING:
     from halfstep.optim.arrivals import Tally
@@ -127,17 +128,29 @@ def update(
         kernels = _kernels()
         table = _table_of(tuple(map(_place, jobs)), device)
         numbers = torch.empty(len(jobs), kernels.NUMBERS.value, device=device)
-        _prepare(table.on_device, numbers, rule, found_inf)
         kernel, hyperparameters, flags = _kernel(rule)
-        for launch in table.plan.launches:
-            weight, gradient, kept, *states = launch.format.dtypes
-            drops = weight is not torch.float32 and kept in (None, torch.int8)
-            kernel[(len(launch.chunks),)](
-                table.on_device, launch.chunks, numbers, coefficient, found_inf, *hyperparameters, **flags,
-                WEIGHT=_dtype(weight), GRAD=_dtype(gradient), MASTER=_dtype(kept), STOCHASTIC=stochastic and drops,
-                **{f"STATE{index}": _dtype(state) for index, state in enumerate(states)},
-                RAGGED=launch.format.ragged, ALIGNED=launch.format.aligned, GROUPS=GROUPS, TILES=TILES, **_OPTIONS,
-            )  # fmt: skip
+        launched = -1  # `prepare` counts the step: it is launched once
+
+        def write() -> None:
+            # To look whether a launch happened would be to wait for the device, so that one moment is left to chance:
+            # between a launch and its being counted here.
+            nonlocal launched
+            if launched < 0:
+                _prepare(table.on_device, numbers, rule, found_inf)
+                launched = 0
+            for launch in table.plan.launches[launched:]:
+                weight, gradient, kept, *states = launch.format.dtypes
+                drops = weight is not torch.float32 and kept in (None, torch.int8)
+                kernel[(len(launch.chunks),)](
+                    table.on_device, launch.chunks, numbers, coefficient, found_inf, *hyperparameters, **flags,
+                    WEIGHT=_dtype(weight), GRAD=_dtype(gradient), MASTER=_dtype(kept),
+                    STOCHASTIC=stochastic and drops,
+                    **{f"STATE{index}": _dtype(state) for index, state in enumerate(states)},
+                    RAGGED=launch.format.ragged, ALIGNED=launch.format.aligned, GROUPS=GROUPS, TILES=TILES, **_OPTIONS,
+                )  # fmt: skip
+                launched += 1
+
+        to_the_end(write, "an update")
 
 
 def survey(gradients: Sequence[Tensor]) -> Survey:

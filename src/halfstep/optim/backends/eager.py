@@ -1,7 +1,6 @@
 """The backend in plain torch operations: runs anywhere, shows what is meant, and is what others are compared with.
 
-It takes about forty times as long as the compiled ones and an FP32 copy of one parameter, its gradient and states at a
-time.
+It takes about forty times as long as the compiled ones, and copies of one parameter, its gradient and states at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from torch import Tensor
 from halfstep.optim import dither, masters, moments, rules
 from halfstep.optim.rules import Rule
 from halfstep.optim.update import Job, Survey
+from halfstep.transaction import to_the_end
 
 name = "eager"
 
@@ -23,16 +23,50 @@ def update(
     jobs: Sequence[Job], rule: Rule, *, stochastic: bool, coefficient: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Step every job: `halfstep.optim.update.Backend.update`."""
-    for job in jobs:
-        on_host = job.parameter.device.type == "cpu"
-        if found_inf is not None and on_host:
-            if found_inf.item():
-                continue
-            found_inf = None
-        if found_inf is None:
-            _update(job, rule, stochastic, coefficient)
-        else:
-            _update_unless(job, rule, stochastic, coefficient, found_inf)
+    if found_inf is not None and jobs and jobs[0].parameter.device.type == "cpu":
+        if found_inf.item():
+            return
+        found_inf = None
+    copies: list[tuple[Tensor, Tensor]] = []
+    index = 0
+
+    @torch.no_grad()
+    def write() -> None:
+        nonlocal copies, index
+        while index < len(jobs):
+            copies = copies or _stepped(jobs[index], rule, stochastic, coefficient, found_inf)
+            for place, value in copies:  # once more, should it be interrupted
+                place.copy_(value)
+            index, copies = index + 1, []
+
+    to_the_end(write, "an update")
+
+
+def _stepped(
+    job: Job, rule: Rule, stochastic: bool, coefficient: Tensor | None, found_inf: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """The job's tensors and what they become: on a device, where asking for the flag would wait, what they were if it
+    is set."""
+
+    def copy(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.clone()
+
+    new = job._replace(
+        parameter=job.parameter.clone(),
+        kept=copy(job.kept),
+        states=tuple(state.clone() for state in job.states),
+        scales=tuple(copy(scale) for scale in job.scales),
+        step=job.step.clone(),
+    )
+    _update(new, rule, stochastic, coefficient)
+    copies: list[tuple[Tensor, Tensor]] = []
+    for place, value in zip(_places(job), _places(new), strict=True):
+        copies.append((place, value if found_inf is None else torch.where(found_inf != 0, place, value)))
+    return copies
+
+
+def _places(job: Job) -> list[Tensor]:
+    return [t for t in (job.parameter, job.kept, *job.states, *job.scales, job.step) if t is not None]
 
 
 def _update(job: Job, rule: Rule, stochastic: bool, coefficient: Tensor | None) -> None:
@@ -51,15 +85,6 @@ def _update(job: Job, rule: Rule, stochastic: bool, coefficient: Tensor | None) 
         moments.encode(decoded[index], codes, scale, job.row, noise)
     drops = job.parameter.dtype is not torch.float32 and (job.kept is None or job.kept.dtype is torch.int8)
     masters.encode(x, job.parameter, job.kept, _noise(job, dither.WEIGHT, step) if stochastic and drops else None)
-
-
-def _update_unless(job: Job, rule: Rule, stochastic: bool, coefficient: Tensor | None, found_inf: Tensor) -> None:
-    """On a device, where asking for the flag would wait: step, and put back what was there if it is set."""
-    places = [t for t in (job.parameter, job.kept, *job.states, *job.scales, job.step) if t is not None]
-    before = [t.clone() for t in places]
-    _update(job, rule, stochastic, coefficient)
-    for place, old in zip(places, before, strict=True):
-        place.copy_(torch.where(found_inf != 0, old, place))
 
 
 def _noise(job: Job, stream: int, step: int | Tensor) -> Tensor:

@@ -3,6 +3,10 @@
 The exchange is made in the same lists, so that an optimizer that keeps them (LBFGS) keeps its own, and the state is
 moved along, because torch keys it by tensor. While it lasts the optimizer knows only masters; outside it knows only
 parameters, and masters wait in `Exchange.masters`.
+
+Each of these moves can be interrupted anywhere and made again, or undone: state is moved to where the masters' places
+say it belongs, and not from where it is thought to be; and masters that an optimizer wrote are ahead of their
+parameters until they are cast back, which `Exchange.follow` makes up for.
 """
 
 from __future__ import annotations
@@ -30,13 +34,17 @@ class Exchange:
 
     Attributes:
         is_made: whether masters stand in their parameters' places.
+        has_multiplied: whether gradients of parameters without masters were multiplied, in place, when they were last
+            pulled.
     """
 
     def __init__(self, optimizer: Optimizer, masters: dict[Tensor, Tensor]) -> None:
         self.optimizer = optimizer
         self.masters = masters
         self.is_made = False
+        self.has_multiplied = False
         self._room = pages.Room()
+        self._lent: list[tuple[Tensor, int]] = []  # masters, with their versions when the optimizer got them
 
     def master_of(self, parameter: Tensor) -> Tensor:
         """The master of a parameter, made now if there is none; the parameter itself if it is not 16-bit."""
@@ -53,18 +61,26 @@ class Exchange:
     def make(self, needed: Collection[Tensor] = ()) -> None:
         """Put masters in their parameters' places: of those that are trained, that have one, or that are ``needed``."""
         own = self._own()
+        stand_ins = [[self._stand_in(p, p in needed) for p in parameters] for parameters in own]
+        self._lent = [(master, master._version) for master in self.masters.values()]
         self.is_made = True
-        self._put([[self._stand_in(p, p in needed) for p in parameters] for parameters in own])
+        self._put(stand_ins)
 
     def undo(self) -> None:
         """Put the parameters back in their places; also those of groups that came or went meanwhile."""
         own = self._own()
-        self.is_made = False
         self._put(own)
+        self.is_made = False
+
+    def is_ahead(self) -> bool:
+        """Whether masters were written since they were lent to the optimizer, and not cast back."""
+        return any(master._version != version for master, version in self._lent)
 
     @torch.no_grad()
     def follow(self) -> None:
         """Bring masters up to date with parameters that were changed, made FP32, or taken away, from outside."""
+        if self.is_ahead():  # a step was interrupted behind the optimizer's
+            self.cast_back()
         held = set(self.parameters())
         for parameter in list(self.masters):
             if parameter not in held or parameter.dtype not in LOW_PRECISION:
@@ -91,7 +107,9 @@ class Exchange:
         copies = self._room.float32_of([gradient for _, gradient in low])
         for (master, _), copy in zip(low, copies, strict=True):
             master.grad = copy
-        multiply_([*copies, *(gradient for p, gradient in present if p not in self.masters)], factors)
+        own = [gradient for p, gradient in present if p not in self.masters]
+        self.has_multiplied = bool(own) and bool(factors)
+        multiply_([*copies, *own], factors)
 
     def drop_gradients(self) -> None:
         """Free the masters' gradients; the parameters keep theirs."""
@@ -104,6 +122,7 @@ class Exchange:
         """Write every master, rounded to nearest, into its parameter."""
         present = [parameter for parameter in self.parameters() if parameter in self.masters]
         foreach.copy_(present, [self.masters[parameter] for parameter in present])
+        self._lent = []
 
     def _own(self) -> list[list[Tensor]]:
         present = [list(group["params"]) for group in self.optimizer.param_groups]
@@ -124,14 +143,19 @@ class Exchange:
         """
         state = self.optimizer.state
         for group, new in zip(self.optimizer.param_groups, replacement, strict=True):
-            for old_tensor, new_tensor in zip(group["params"], new, strict=True):
-                if old_tensor is not new_tensor and old_tensor in state:
-                    values = state[new_tensor] = state.pop(old_tensor)
-                    if self.is_made:
-                        for key, value in values.items():
-                            if isinstance(value, Tensor) and value.dtype in LOW_PRECISION:
-                                values[key] = value.float()
             group["params"][:] = new
+        standing = {id(tensor) for tensors in replacement for tensor in tensors}
+        for parameter, master in self.masters.items():
+            old, new_key = (parameter, master) if id(master) in standing else (master, parameter)
+            if old not in state:
+                continue
+            values = state[old]
+            if new_key is master:
+                for key, value in values.items():
+                    if isinstance(value, Tensor) and value.dtype in LOW_PRECISION:
+                        values[key] = value.float()
+            state[new_key] = values
+            del state[old]
 
 
 def rounds_to(master: Tensor, parameter: Tensor) -> bool:

@@ -42,6 +42,7 @@ from halfstep.optim.clipping import clip_coefficient, inverse, multiply_, total_
 from halfstep.optim.loading import STALE, recover
 from halfstep.optim.master_weights.exchange import Exchange, rounds_to
 from halfstep.optim.master_weights.state_view import StateView, with_masters, without_masters
+from halfstep.transaction import to_the_end
 
 
 def _with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,17 +168,28 @@ class MasterWeights(Optimizer):
         self._say_what_is_stale()
         self._exchange.follow()
         try:
-            self._exchange.make()
-            self._exchange.pull_gradients(self._factors())
-            self._has_stepped = True
-            yield
-        finally:
-            self._exchange.undo()
-            self._exchange.drop_gradients()
+            try:
+                self._exchange.make()
+                self._exchange.pull_gradients(self._factors())
+                self._has_stepped = True
+                yield
+            finally:
+                self._put_back()
+        except BaseException:
+            self._put_back()  # should that be what was interrupted
+            # The optimizer may have written masters; a fused one's kernel does not count that.
+            if self._exchange.is_ahead() or any(group.get("fused") for group in self.param_groups):
+                self.cast_back()
+            raise
+
+    def _put_back(self) -> None:
+        """Parameters into their places; also where they are."""
+        self._exchange.undo()
+        self._exchange.drop_gradients()
 
     def cast_back(self) -> None:
         """Write every master, rounded to nearest, into its parameter."""
-        self._exchange.cast_back()
+        to_the_end(self._exchange.cast_back, "casting masters back")
 
     # ------------------------------------------------------------------ an optimizer
 
@@ -277,17 +289,24 @@ class MasterWeights(Optimizer):
                 so optimizers that evaluate it several times (LBFGS) see their own moves, rounded to 16 bits.
             call: what to call for the optimizer's ``step``, with the closure if there is one.
         """
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            self._clip = None
+            return None
+        step = call or self.optimizer.step
         try:
-            found_inf = getattr(self, "found_inf", None)
-            if found_inf is not None and bool(found_inf):
-                return None
-            step = call or self.optimizer.step
             with self.exchanged():
                 result = step() if closure is None else step(lambda: self._evaluated(closure))
                 self.cast_back()
-            return result
-        finally:
-            self._clip = None
+        except BaseException as error:
+            if self._exchange.has_multiplied:
+                error.add_note(
+                    "halfstep: gradients of parameters that are FP32 had been unscaled or clipped in memory when this "
+                    "was raised: to repeat the step call zero_grad() and backward() again"
+                )
+            raise
+        self._clip = None
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state dict with each master among its parameter's state, FP32."""
@@ -327,7 +346,7 @@ class MasterWeights(Optimizer):
             self._exchange.make(needed=loaded)
             self.optimizer.load_state_dict({**state_dict, "state": own})
         finally:
-            self._exchange.undo()
+            self._put_back()
         with torch.no_grad():
             for parameter, master in loaded.items():
                 if parameter.dtype in LOW_PRECISION:
