@@ -328,6 +328,19 @@ def _filled(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "model": {name: value.nan_to_num(-7.0) for name, value in state["model"].items()}}
 
 
+def test_a_scaler_that_was_interrupted_at_its_first_loss_starts_at_the_next() -> None:
+    def act(scaler: halfstep.GradScaler) -> None:
+        scaler.scale(torch.ones((), requires_grad=True))
+
+    for scaler, where in interrupted_at_each(act, lambda: halfstep.GradScaler("cpu", 2.0**10), 60):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.SGD([weight], lr=0.5)
+        scaler.scale(weight.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(weight.detach(), torch.full((3,), 0.5)), where
+
+
 def test_a_half_written_step_of_another_optimizer_says_so() -> None:
     class Halfway(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:  # type: ignore[override]

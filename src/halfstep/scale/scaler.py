@@ -446,8 +446,12 @@ class GradScaler(torch.amp.GradScaler):
         self._begin()
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
-        super()._lazy_init_scale_growth_tracker(dev)
-        self._overflows = torch.full((), self._init_overflows, dtype=torch.int32, device=dev)
+        try:
+            super()._lazy_init_scale_growth_tracker(dev)
+            self._overflows = torch.full((), self._init_overflows, dtype=torch.int32, device=dev)
+        except BaseException:  # all three or none: the next loss makes them
+            self._scale = self._growth_tracker = self._overflows = None
+            raise
 
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
