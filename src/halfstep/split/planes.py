@@ -49,7 +49,8 @@ def split(x: Tensor, upper: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tenso
         hi = x.to(torch.float16)
         return hi, ((x - hi.float()).nan_to_num_(0, 0, 0) / _unit(hi)).round_().to(torch.int16)
     nan = x.isnan()
-    if nan.any() if x.device.type == "cpu" else True:  # elsewhere asking would wait for the device
+    # Asking saves a pass; not where the host would wait for a device, or a compiled graph would end.
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or nan.any():
         x = torch.where(nan, torch.full_like(x, _NAN).copysign(x), x)
     bits = x.view(torch.int32)
     lo = bits.to(torch.int16)  # the lower half: what does not fit is cut off

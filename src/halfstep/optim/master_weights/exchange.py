@@ -76,6 +76,10 @@ class Exchange:
         """Whether masters were written since they were lent to the optimizer, and not cast back."""
         return any(master._version != version for master, version in self._lent)
 
+    def settle(self) -> None:
+        """Nobody has masters any more: what is written to them from here on does not put them ahead."""
+        self._lent = []
+
     @torch.no_grad()
     def follow(self) -> None:
         """Bring masters up to date with parameters that were changed, made FP32, or taken away, from outside."""
@@ -122,7 +126,7 @@ class Exchange:
         """Write every master, rounded to nearest, into its parameter."""
         present = [parameter for parameter in self.parameters() if parameter in self.masters]
         foreach.copy_(present, [self.masters[parameter] for parameter in present])
-        self._lent = []
+        self.settle()
 
     def _own(self) -> list[list[Tensor]]:
         present = [list(group["params"]) for group in self.optimizer.param_groups]

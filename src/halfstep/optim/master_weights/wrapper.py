@@ -347,6 +347,7 @@ class MasterWeights(Optimizer):
             self.optimizer.load_state_dict({**state_dict, "state": own})
         finally:
             self._put_back()
+        self._exchange.settle()
         with torch.no_grad():
             for parameter, master in loaded.items():
                 if parameter.dtype in LOW_PRECISION:
