@@ -220,3 +220,27 @@ def test_what_has_no_fused_form_is_stepped_as_it_is() -> None:
     plain = torch.optim.AdamW(nn.Linear(4, 4).parameters())
     with in_one_pass(plain):
         assert not plain.param_groups[0]["fused"]
+
+
+@native
+def test_a_state_of_another_layout_is_stepped_too() -> None:
+    """As after a load from a run that was not channels-last."""
+    plain, split = (nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    split.load_state_dict(plain.state_dict())
+    split_parameters(split)
+    # PyTorch's own fused kernel takes the one's elements for the other's.
+    optimizers = [torch.optim.AdamW(net.parameters(), 1e-3, fused=net is split) for net in (plain, split)]
+    for step in range(4):
+        for net, optimizer in zip((plain, split), optimizers, strict=True):
+            if step == 2:
+                for entries in optimizer.state.values():
+                    entries.update({k: v.contiguous() for k, v in entries.items() if v.dim() == 4})
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(
+                    memory_format=torch.channels_last if p.dim() == 4 else torch.contiguous_format
+                )
+            optimizer.step()
+    for ours, theirs in zip(split.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+    for one, other in zip(optimizers[1].state.values(), optimizers[0].state.values(), strict=True):
+        assert all(torch.allclose(value, other[name], rtol=1e-6, atol=1e-9) for name, value in one.items())

@@ -85,8 +85,7 @@ def _fused_adam(op: Any, args: Any, kwargs: Any) -> Any:
     )
     lists = ["exp_avgs", "exp_avg_sqs", *(["max_exp_avg_sqs"] if given["amsgrad"] else [])]
     states = list(zip(*(given[name] for name in lists), strict=True))
-    # PyTorch has counted the step already; the kernels count it themselves.
-    return _update(op, given, rule, states, [step - 1 for step in given["state_steps"]])
+    return _update(op, given, rule, states, given["state_steps"], -1.0)  # PyTorch has counted it; the kernels will
 
 
 def _fused_sgd(op: Any, args: Any, kwargs: Any) -> Any:
@@ -96,50 +95,86 @@ def _fused_sgd(op: Any, args: Any, kwargs: Any) -> Any:
         given["lr"], momentum, given["dampening"], given["nesterov"], given["weight_decay"], maximize=given["maximize"]
     )
     states = [(buffer,) for buffer in given["momentum_buffer_list"]] if momentum else [()] * count
-    before = 0.0 if given["is_first_step"] else 1.0
-    steps = [torch.full((), before, dtype=torch.float32, device=p.device) for p in given["self"]]
-    return _update(op, given, rule, states, steps)
+    return _update(op, given, rule, states, None, 0.0 if given["is_first_step"] else 1.0)
 
 
 def _update(
-    op: Any, given: dict[str, Any], rule: Rule, states: Sequence[Sequence[Tensor]], steps: Sequence[Tensor]
+    op: Any,
+    given: dict[str, Any],
+    rule: Rule,
+    states: Sequence[Sequence[Tensor]],
+    counted: Sequence[Tensor] | None,
+    more: float,
 ) -> Any:
+    """Step those in planes by the kernels, the others by PyTorch.
+
+    Args:
+        counted: steps taken, float32, by parameter; None: 0.
+        more: added to that, for what the kernels are told.
+    """
     parameters, gradients = given["self"], given["grads"]
     device = parameters[0].device
     if given.get("grad_scale") is not None or backends.lacking(device.type):
         return NotImplemented
-    jobs, rest = [], []
-    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        if isinstance(parameter, SplitTensor) and is_dense(parameter.hi):
-            jobs.append(_job(parameter, gradient, states[index], steps[index]))
-        else:
-            rest.append(index)
+    in_planes: list[int] = []
+    rest: list[int] = []
+    for index, parameter in enumerate(parameters):
+        stored = isinstance(parameter, SplitTensor) and is_dense(parameter.hi)
+        (in_planes if stored else rest).append(index)
+    jobs = [_job(parameters[i], gradients[i], states[i]) for i in in_planes]
+    steps = [job.step for job in jobs]
+    if counted is None:
+        torch._foreach_zero_(steps)
+    else:
+        torch._foreach_copy_(steps, [counted[i] for i in in_planes])
+    torch._foreach_add_(steps, more)
     found_inf = given.get("found_inf")
     flag = None if found_inf is None else found_inf.reshape(())
     backend, _ = backends.choose("auto", device)
     backend.update(jobs, rule, stochastic=False, coefficient=None, found_inf=flag)
-    stepped = [p for i, p in enumerate(parameters) if i not in rest]
-    torch.autograd.graph.increment_version(stepped)
-    torch.autograd.graph.increment_version([p.hi for p in stepped])
+    for i, job in zip(in_planes, jobs, strict=True):
+        for state, stepped in zip(states[i], job.states, strict=True):
+            if state.stride() != parameters[i].stride():  # a copy was stepped
+                state.copy_(stepped.as_strided(parameters[i].size(), parameters[i].stride()))
+    torch.autograd.graph.increment_version([parameters[i] for i in in_planes])
+    torch.autograd.graph.increment_version([parameters[i].hi for i in in_planes])
     if rest:
         part = {n: [v[i] for i in rest] if isinstance(v, list | tuple) and len(v) else v for n, v in given.items()}
         op(**part)
     return None
 
 
-def _job(parameter: SplitTensor, gradient: Tensor, states: Sequence[Tensor], step: Tensor) -> Job:
+def _job(parameter: SplitTensor, gradient: Tensor, states: Sequence[Tensor]) -> Job:
+    """The parameter's update; all but the gradient is kept at the parameter, because steps wait for this."""
     upper = parameter.hi
-    return Job(
-        parameter=flat(upper),
-        gradient=flat(like(gradient, upper)),
-        kept=flat(parameter.lo),
-        states=tuple(flat(like(state, upper)) for state in states),
-        scales=(None,) * len(states),
-        step=step,
-        row=moments.row_length(parameter.shape),
-        seed=0,
-        ordinal=0,
-    )
+    made_from = (upper, parameter.lo, *states)
+    known = parameter.notes.get(_KNOWN)
+    if (
+        known is None
+        or len(known[0]) != len(made_from)
+        or any(a is not b for a, b in zip(known[0], made_from, strict=True))
+    ):
+        alike = all(state.stride() == upper.stride() for state in states)
+        job = Job(
+            parameter=flat(upper),
+            gradient=upper,
+            kept=flat(parameter.lo),
+            states=tuple(flat(like(state, upper)) for state in states),
+            scales=(None,) * len(states),
+            step=torch.zeros((), dtype=torch.float32, device=upper.device),
+            row=moments.row_length(parameter.shape),
+            seed=0,
+            ordinal=0,
+            notes={},
+        )
+        known = made_from, job
+        if alike:  # else the copies are of this step
+            parameter.notes[_KNOWN] = known
+    job = known[1]
+    return job._replace(gradient=flat(like(gradient, upper)))
+
+
+_KNOWN = "update"
 
 
 def _named(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class SplitTensor(Tensor):
 
     hi: Tensor  #: bfloat16 or float16: the nearest to each element
     lo: Tensor  #: int16: what is missing to the element's bits
+    notes: dict[str, Any]  #: where others may keep what they derive from the planes
 
     @staticmethod
     def __new__(cls, hi: Tensor, lo: Tensor) -> SplitTensor:
@@ -59,7 +60,7 @@ class SplitTensor(Tensor):
         )
 
     def __init__(self, hi: Tensor, lo: Tensor) -> None:
-        self.hi, self.lo = hi, lo
+        self.hi, self.lo, self.notes = hi, lo, {}
 
     @classmethod
     def of(cls, x: Tensor, upper: torch.dtype = torch.bfloat16) -> SplitTensor:
@@ -455,7 +456,7 @@ def held(x: Tensor) -> bool:
 def exchange(x: Tensor, new: Tensor) -> None:
     """Make ``x`` the tensor that ``new`` is: the same object, with its gradient, hooks and attributes."""
     new.grad = x.grad
-    attributes = {name: value for name, value in vars(x).items() if name not in ("hi", "lo")}
+    attributes = {name: value for name, value in vars(x).items() if name not in ("hi", "lo", "notes")}
     vars(new).update(attributes)
     if x.is_leaf:
         for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
