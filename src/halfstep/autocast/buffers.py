@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
-class KeptBuffers:
+class BufferSnapshot:
     """The buffers of modules as they were when they were kept."""
 
     def __init__(self) -> None:

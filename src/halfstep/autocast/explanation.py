@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from halfstep.autocast import emulate
-from halfstep.autocast.buffers import KeptBuffers
+from halfstep.autocast.buffers import BufferSnapshot
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,12 +136,13 @@ def _module_paths(model: nn.Module, seen: _Seen) -> Iterator[None]:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    buffers, numpy = KeptBuffers(), sys.modules.get("numpy")
+    buffers, numpy = BufferSnapshot(), sys.modules.get("numpy")
     buffers.keep(model)
     devices = sorted({t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"})
     python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices):
+        # Values come back, so their versions do: whoever keeps buffers would take another for a load.
+        with torch.autograd._unsafe_preserve_version_counter(tuple(model.buffers())), torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python)

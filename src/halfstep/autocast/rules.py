@@ -71,7 +71,7 @@ _CUDA: Mapping[Rule, tuple[str, ...]] = MappingProxyType(
 #: take its rule. (A whole layer of a GRU, and any on packed sequences, is made of products and elementwise ops there,
 #: which by themselves would add the layer's FP32 state to 16-bit products, and end in FP32.)
 CUDNN_ONLY = ("_cudnn_rnn",)
-_CUDNN_STAND_INS = _names("""
+CUDNN_STAND_INS = _names("""
     mkldnn_rnn_layer gru.input gru.data lstm.data rnn_tanh.input rnn_tanh.data rnn_relu.input rnn_relu.data
     """)
 
@@ -151,7 +151,7 @@ def plan(policy: Policy, device_type: str) -> Plan | None:
         rules |= dict.fromkeys(registered(device_type), "none")
         rules |= cuda_rules()
         if device_type == "cpu":  # whole LSTM layers not where their kernel is missing, and they stay in FP32
-            rules |= dict.fromkeys(_CUDNN_STAND_INS if kept else (*_CUDNN_STAND_INS, "lstm.input"), "lower")
+            rules |= dict.fromkeys(CUDNN_STAND_INS if kept else (*CUDNN_STAND_INS, "lstm.input"), "lower")
     if policy.emulate:
         lower = {op for op, rule in cuda_rules().items() if rule == "lower"} if as_cuda else set(CPU_LOWER)
         for op in PRODUCTS.keys() | (MADE_OF_PRODUCTS & lower) if policy.float8 else HEAVY | lower:

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from halfstep.autocast.buffers import KeptBuffers
+from halfstep.autocast.buffers import BufferSnapshot
 
 
 class Snapshot:
@@ -28,7 +28,7 @@ class Snapshot:
         self._tensors: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}  # by id: itself, its values, its gradient
         self._optimizers: dict[int, tuple[Optimizer, dict[Any, Any], list[dict[str, Any]]]] = {}
         self._modules: set[int] = set()
-        self._buffers = KeptBuffers()
+        self._buffers = BufferSnapshot()
         self._handles: list[Any] = []
         self._random = (random.getstate(), np.random.get_state(), torch.get_rng_state())
         self._devices = _device_states()

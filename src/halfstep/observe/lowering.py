@@ -227,7 +227,7 @@ def _composite(name: str, kwargs: Mapping[str, Any]) -> str | None:
 @functools.cache
 def _names_with_rules() -> frozenset[str]:
     """Calls whose parts have no fixed rule; ops that are seen themselves need no help."""
-    listed = rules.cuda_rules().keys() | rules.registered("cpu")
+    listed = rules.cuda_rules().keys() | rules.registered("cpu") | set(rules.CUDNN_STAND_INS)
     return frozenset(op.partition(".")[0] for op in listed if _is_composite(op))
 
 
@@ -346,7 +346,7 @@ def _table(policy: Policy, device_type: str) -> Mapping[str, Rule]:
     if policy.rules == "cuda" or device_type == "cuda":
         table |= rules.cuda_rules()
         table |= dict.fromkeys(rules.CUDNN_ONLY, "lower")
-        table["mkldnn_rnn_layer"] = "lower"
+        table |= dict.fromkeys(rules.CUDNN_STAND_INS, "lower")
     elif device_type in rules.AUTOCAST_KEYS:
         own = rules.registered(device_type)
         table |= {op: "lower" if op in rules.CPU_LOWER else "fp32" for op in own}
