@@ -36,6 +36,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import halfstep
 from halfstep import optim
+from halfstep.autocast import FP32_ISLANDS
 from halfstep.workloads import gpt
 
 RESULTS = Path(__file__).resolve().parent / "results" / "convergence.json"
@@ -57,6 +58,10 @@ def pretrain(seed: int, steps: int, master: str | None, state: str, rounding: st
         policy, optimizer = "fp32", theirs
     else:
         policy = POLICIES[low]
+        for module in model.modules():  # masters are of 16-bit parameters; an FP32 one is its own
+            if not isinstance(module, FP32_ISLANDS):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(halfstep.parse_policy(policy).compute_dtype)
         groups = [{k: g[k] for k in ("params", "weight_decay")} for g in theirs.param_groups]
         options: Any = {"master": master, "state": state, "rounding": rounding}
         optimizer = optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), **options)

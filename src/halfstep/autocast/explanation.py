@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -142,7 +143,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
         # Values come back, so their versions do: whoever keeps buffers would take another for a load.
-        with torch.autograd._unsafe_preserve_version_counter(tuple(model.buffers())), torch.random.fork_rng(devices):
+        with _unsafe_preserve_version_counter(tuple(model.buffers())), torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python)
