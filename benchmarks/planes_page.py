@@ -1,4 +1,7 @@
-"""Writes the measured block of ``docs/parameters.md`` from the result of `planes`: ``python benchmarks/planes_page.py``."""
+"""Writes the measured block of ``docs/parameters.md`` from the result of `planes`.
+
+python benchmarks/planes_page.py
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ def block(result: dict[str, Any]) -> str:
     environment, workloads = result["environment"], result["workloads"]
     ways = list(next(iter(workloads.values())))
     lines = [
-        f"Speed of a whole training step relative to `torch.autocast` with FP32 parameters and PyTorch's fused AdamW, above "
-        f"1 is faster: median and quartiles of {environment['rounds']} rounds in turn. {environment['threads']} threads, "
-        f"{environment['bf16']}, PyTorch {environment['torch']}. The second row is the first again, so it shows the noise.",
+        "Speed of a whole training step relative to `torch.autocast` with FP32 parameters and PyTorch's fused AdamW, "
+        f"above 1 is faster: median and quartiles of {environment['rounds']} rounds in turn. "
+        f"{environment['threads']} threads, {environment['bf16']}, PyTorch {environment['torch']}. The second row "
+        "is the first again, so it shows the noise.",
         "",
         f"| | {' | '.join(workloads)} |",
         f"|---|{'---|' * len(workloads)}",

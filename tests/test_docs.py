@@ -94,6 +94,16 @@ def test_numbers_of_the_optimizers_page_are_those_of_the_results_files() -> None
     assert page.render(text, *page.load()) == text
 
 
+def test_numbers_of_the_page_on_planes_are_those_of_the_results_file() -> None:
+    place = ROOT / "benchmarks" / "planes_page.py"
+    specification = importlib.util.spec_from_file_location("planes_page", place)
+    assert specification is not None and specification.loader is not None
+    page = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(page)
+    text = page.PAGE.read_text()
+    assert page.render(text, json.loads(page.RESULT.read_text())) == text
+
+
 def test_the_newest_pytorch_that_is_called_tested_has_passed_the_suite() -> None:
     from halfstep.version import TESTED_TORCH
 

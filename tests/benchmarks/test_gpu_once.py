@@ -53,7 +53,7 @@ def test_sections_run_on_a_cpu_and_leave_lines_a_document_and_a_summary(gpu: Any
     assert (document["run"]["tiny"], document["run"]["device"], document["crashes"]) == (True, "cpu", [])
     assert {"bf16 256", "fp8 256"} < document["measured"]["gemm"].keys()
     fits = {name: row["fits"] for name, row in document["measured"]["seven_billion"].items()}
-    assert len(fits) == 8 and all(fits.values())
+    assert len(fits) == 9 and all(fits.values())
     summary = (out / "summary.txt").read_text()
     assert summary.startswith("0 of 0 checks hold\ngemm:") and summary.rstrip() in done.stdout
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.hooks import RemovableHandle
 
 from halfstep.autocast import LOW_PRECISION
 from halfstep.scale import GradScaler
@@ -36,7 +36,7 @@ class ScriptScaling:
 
     def __init__(self) -> None:
         self._scaler: GradScaler | None = None
-        self._hooked = WeakIdKeyDictionary()
+        self._handles: list[RemovableHandle] = []
         self._inverse: Tensor | None = None  # 1 / scale, while a scaled backward runs
         self._found_inf: Tensor | None = None  # of the gradients that arrived since the scale last moved
         self._steps_since = False
@@ -60,11 +60,11 @@ class ScriptScaling:
                 and tensor.requires_grad
                 and tensor.is_leaf
                 and tensor.dtype not in LOW_PRECISION
-                and tensor not in self._hooked
+                and self._arriving not in (tensor._backward_hooks or {}).values()
             ):
                 handle = tensor.register_hook(self._arriving)  # type: ignore[no-untyped-call]  # torch lacks it
                 _put_first(tensor._backward_hooks, handle.id)  # a hook of the script's sees it unscaled
-                self._hooked[tensor] = handle
+                self._handles.append(handle)
 
     def note_inputs(self, values: Iterable[Any]) -> None:
         """Data of a forward pass, for the diagnosis of a skip; they are not kept alive."""
@@ -131,7 +131,7 @@ class ScriptScaling:
 
     def close(self) -> None:
         """Take the hooks off the script's tensors."""
-        for handle in self._hooked.values():  # type: ignore[no-untyped-call]  # torch's own class lacks annotations
+        for handle in self._handles:
             handle.remove()
 
     def _settle(self, scaler: GradScaler) -> None:

@@ -368,10 +368,12 @@ class Session:
             self._narrow_gradients(module)
         if left:
             name, why = next(iter(left.items()))
+            casts = sum(2 * module.get_parameter(each).numel() for each in left)
             self.notice(
                 "plain-storage",
                 f"{len(left)} weights of {type(module).__name__} stay plain FP32 tensors, and are cast as under "
-                f"bf16-mixed (first: {name}, because {why})",
+                f"{self.policy.compute}-mixed, with {casts / 2**20:.1f} MiB of copies from forward to backward "
+                f"(first: {name}, because {why})",
                 name,
             )
 

@@ -140,7 +140,8 @@ def _update(
     torch.autograd.graph.increment_version([parameters[i].hi for i in in_planes])
     if rest:
         part = {n: [v[i] for i in rest] if isinstance(v, list | tuple) and len(v) else v for n, v in given.items()}
-        op(**part)
+        op(**part)  # below autograd, which would count
+        torch.autograd.graph.increment_version([parameters[i] for i in rest])
     return None
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from halfstep.scale.buffers import KeptBuffers
 from halfstep.scale.diagnosis import Cause, diagnose
@@ -45,16 +44,16 @@ class Watch:
         self._saw_all = False
         # Bounded, should a script never call update.
         self._losses: deque[Tensor] = deque(maxlen=256)
-        self._names = WeakIdKeyDictionary()
-        self._replicated = WeakIdKeyDictionary()
+        # No weak references to parameters: PyTorch exchanges none that has one (`torch.utils.swap_tensors`).
+        self._models: list[weakref.ref[nn.Module]] = []
+        self._replicated: dict[int, weakref.ref[nn.Module]] = {}  # ids of parameters, and whose they are
         self._inputs: deque[weakref.ref[Tensor]] = deque(maxlen=256)
 
     def model(self, model: nn.Module) -> None:
         """Look at ``model`` before and after each of its forward passes."""
-        for name, parameter in model.named_parameters():
-            self._names[parameter] = name
-            if isinstance(model, nn.parallel.DistributedDataParallel):
-                self._replicated[parameter] = True
+        self._models = [each for each in self._models if each() is not None] + [weakref.ref(model)]
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self._replicated |= {id(parameter): weakref.ref(model) for parameter in model.parameters()}
         before = model.register_forward_pre_hook(_Look(weakref.ref(self)), with_kwargs=True)
         after = model.register_forward_hook(_LookAfter(weakref.ref(self)))
         weakref.finalize(self, before.remove)
@@ -119,8 +118,10 @@ class Watch:
 
     def name_of(self, parameter: Tensor, optimizer: torch.optim.Optimizer) -> str:
         """The parameter's name, from the model, or from the optimizer; its place in the optimizer without either."""
-        if parameter in self._names:
-            return f"parameter {self._names[parameter]!r}"
+        for model in self._models:
+            for name, other in model().named_parameters() if model() is not None else ():  # type: ignore[union-attr]
+                if other is parameter:
+                    return f"parameter {name!r}"
         for index, group in enumerate(optimizer.param_groups):
             for place, other in enumerate(group["params"]):
                 if other is parameter:
@@ -130,7 +131,8 @@ class Watch:
 
     def is_replicated(self, parameter: Tensor) -> bool:
         """Whether DistributedDataParallel keeps this parameter's gradient the same on all ranks."""
-        return parameter in self._replicated
+        model = self._replicated.get(id(parameter))
+        return model is not None and model() is not None
 
     def _alive(self) -> list[Tensor]:
         return [value for reference in self._inputs if (value := reference()) is not None]

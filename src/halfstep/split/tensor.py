@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -359,7 +360,14 @@ def _set_data(function: Any, args: Any, kwargs: Any) -> Any:
         new = new.joined()
     if isinstance(x, SplitTensor) and not isinstance(new, SplitTensor):
         of_its_own = new.numel() * new.element_size() == new.untyped_storage().nbytes()
-        if new.dtype is torch.float32 and new.shape == x.shape and new.device == x.device and of_its_own:
+        fits = new.dtype is torch.float32 and new.shape == x.shape and new.device == x.device
+        if fits and not of_its_own and held(x):  # as in vector_to_parameters, of a vector with a graph
+            warnings.warn(
+                "the .data of a parameter in two 16-bit planes was set to a piece of another tensor while a graph "
+                "holds it: the values are taken, but what is written to that tensor later does not reach the parameter",
+                stacklevel=4,
+            )
+        if fits and (of_its_own or held(x)):
             with torch.no_grad():
                 x.write(new)
             return None
@@ -456,6 +464,7 @@ def held(x: Tensor) -> bool:
 def exchange(x: Tensor, new: Tensor) -> None:
     """Make ``x`` the tensor that ``new`` is: the same object, with its gradient, hooks and attributes."""
     new.grad = x.grad
+    torch._C._autograd._unsafe_set_version_counter((new,), (max(x._version, new._version),))
     attributes = {name: value for name, value in vars(x).items() if name not in ("hi", "lo", "notes")}
     vars(new).update(attributes)
     if x.is_leaf:
