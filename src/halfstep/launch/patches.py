@@ -36,7 +36,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from halfstep.autocast.kernels import listeners
 from halfstep.launch.own import caller
-from halfstep.split import on_plain
+from halfstep.split import on_plain, swap_keeping_hooks
 
 if TYPE_CHECKING:
     from halfstep.launch.session import Session
@@ -74,6 +74,15 @@ class Patches:
         self._wrap(torch, "compile", lambda session: session.own.compiling)
         self._wrap(torch, "set_float32_matmul_precision", lambda session: session.float32.setting)
         self._wrap(nn.parallel.DistributedDataParallel, "__init__", lambda session: session.replicating)
+        # What TorchScript makes of a model reads its weights' memory, and crashes where there is none.
+        for owner, name in (
+            (torch.jit, "trace"),
+            (torch.jit, "trace_module"),
+            (torch.jit, "script"),
+            (torch.onnx, "export"),
+        ):
+            self._wrap(owner, name, lambda session: session.making_program)
+        self._wrap(torch.utils, "swap_tensors", lambda session: swap_keeping_hooks)
         self._wrap(Optimizer, "state_dict", lambda session: session.optimizer_state)
         self._wrap(Optimizer, "load_state_dict", lambda session: session.load_optimizer_state)
         self._wrap(torch.autocast, "__enter__", lambda session: session.own.autocast)

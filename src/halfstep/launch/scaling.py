@@ -37,6 +37,7 @@ class ScriptScaling:
     def __init__(self) -> None:
         self._scaler: GradScaler | None = None
         self._handles: list[RemovableHandle] = []
+        self._prune_at = 256
         self._inverse: Tensor | None = None  # 1 / scale, while a scaled backward runs
         self._found_inf: Tensor | None = None  # of the gradients that arrived since the scale last moved
         self._steps_since = False
@@ -53,7 +54,11 @@ class ScriptScaling:
         return scaler is self._scaler
 
     def hook(self, tensors: Iterable[Any]) -> None:
-        """Unscale what arrives at these leaves from now on; anything else among ``tensors`` is left alone."""
+        """Unscale what arrives at these leaves from now on; anything else among ``tensors`` is left alone.
+
+        Whether a leaf has the hook is read off the leaf: a weak reference to it would keep PyTorch from exchanging what
+        it is (``model.float()``, a parametrization), and an exchanged leaf may have lost its hooks.
+        """
         for tensor in tensors:
             if (
                 isinstance(tensor, Tensor)
@@ -62,9 +67,12 @@ class ScriptScaling:
                 and tensor.dtype not in LOW_PRECISION
                 and self._arriving not in (tensor._backward_hooks or {}).values()
             ):
-                handle = tensor.register_hook(self._arriving)  # type: ignore[no-untyped-call]  # torch lacks it
+                handle: RemovableHandle = tensor.register_hook(self._arriving)  # type: ignore[no-untyped-call]  # torch lacks it
                 _put_first(tensor._backward_hooks, handle.id)  # a hook of the script's sees it unscaled
                 self._handles.append(handle)
+        if len(self._handles) > self._prune_at:  # inputs that want a gradient are new leaves in each step
+            self._handles = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
+            self._prune_at = 2 * len(self._handles) + 256
 
     def note_inputs(self, values: Iterable[Any]) -> None:
         """Data of a forward pass, for the diagnosis of a skip; they are not kept alive."""

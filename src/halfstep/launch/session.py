@@ -36,7 +36,7 @@ from halfstep.optim.loading import STALE, load_beside_masters
 from halfstep.policy import Policy
 from halfstep.record import Memory, Notice, Step
 from halfstep.scale import KeptBuffers
-from halfstep.split import NarrowGradients
+from halfstep.split import NarrowGradients, make_plain
 
 Original = Callable[..., Any]
 
@@ -320,7 +320,8 @@ class Session:
             )
         if not own_low_precision:
             self._prepare(module)
-        self._known_modules[module] = own_low_precision
+        if not any(nn.parameter.is_lazy(p) for _, p in parameters):  # else they have shapes only after this call
+            self._known_modules[module] = own_low_precision
         return own_low_precision
 
     def _holding_masters(self) -> list[MasterOptimizer]:
@@ -354,6 +355,13 @@ class Session:
         """``DistributedDataParallel(module)``, which holds on to what parameters are: they are stored before."""
         self.store(module)
         return original(replica, module, *args, **kwargs)
+
+    def making_program(self, original: Original, *args: Any, **kwargs: Any) -> Any:
+        """``torch.jit.trace(model)`` and its kin: the program shares plain FP32 weights with the model."""
+        for model in (*args[:1], *kwargs.values()):
+            for parameter in model.parameters() if isinstance(model, nn.Module) else ():
+                make_plain(parameter, "a program is made of its model")
+        return original(*args, **kwargs)
 
     def _prepare(self, module: nn.Module) -> None:
         self._islands.apply(module, self.policy.keep_fp32, self.device_type)

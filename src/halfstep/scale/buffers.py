@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -272,13 +273,13 @@ def _is_of(entry: Entry, stepped: set[int]) -> bool:
 
 
 def _buffers(root: nn.Module) -> list[tuple[nn.Module, str, Tensor | None]]:
-    """Every buffer below ``root``, once. Written for speed: it is asked for at each forward pass."""
+    """Every buffer below ``root``, once, that has values. Written for speed: it is asked for at each forward pass."""
     found: list[tuple[nn.Module, str, Tensor | None]] = []
     waiting, seen, buffers = [root], {root}, set[int]()
     while waiting:
         module = waiting.pop()
         for name, buffer in module._buffers.items():
-            if buffer is None or id(buffer) not in buffers:
+            if buffer is None or (id(buffer) not in buffers and not is_lazy(buffer)):
                 found.append((module, name, buffer))
                 buffers.add(id(buffer))
         for child in module._modules.values():

@@ -11,7 +11,16 @@ gradients `NarrowGradients`: their gradients in bfloat16, where nothing is accum
 from halfstep.split.gradients import NarrowGradients
 from halfstep.split.planes import join, split
 from halfstep.split.store import plain_parameters, split_parameters
-from halfstep.split.tensor import PlainCopies, SplitTensor, make_plain, on_plain, on_temporary, parts, register
+from halfstep.split.tensor import (
+    PlainCopies,
+    SplitTensor,
+    make_plain,
+    on_plain,
+    on_temporary,
+    parts,
+    register,
+    swap_keeping_hooks,
+)
 
 __all__ = [
     "NarrowGradients",
@@ -26,4 +35,5 @@ __all__ = [
     "register",
     "split",
     "split_parameters",
+    "swap_keeping_hooks",
 ]

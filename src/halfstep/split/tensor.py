@@ -130,6 +130,8 @@ class SplitTensor(Tensor):
             result = handler(op, args, kwargs)
             if result is not NotImplemented:
                 return result
+        if _is_made_of_others(op):  # under inference_mode PyTorch leaves it to us to take them apart
+            return op.decompose(*args, **kwargs)
         if _is_view(op) and isinstance(args[0], SplitTensor):
             return _viewed(op, args, kwargs)
         name = op._schema.name
@@ -195,6 +197,9 @@ def _is_list_with_split(value: Any) -> bool:
 def _viewed(op: Op, args: Any, kwargs: Any) -> Any:
     """A view op, on both planes."""
     of = args[0]
+    if torch.is_inference_mode_enabled() and not of.is_inference():
+        with torch.inference_mode(False):  # no tensor of that mode can be a view of one that is not
+            return _viewed(op, args, kwargs)
     hi, lo = op(of.hi, *args[1:], **kwargs), op(of.lo, *args[1:], **kwargs)
     if isinstance(hi, Tensor):
         return SplitTensor(hi, lo)
@@ -207,6 +212,18 @@ def _arguments(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[
             yield argument, args[index]
         elif argument.name in kwargs:
             yield argument, kwargs[argument.name]
+
+
+_composite: dict[Op, bool] = {}
+
+
+def _is_made_of_others(op: Op) -> bool:
+    """Whether an op has no kernel of its own; its schema says only that it may return a view (``to``, ``reshape``)."""
+    known = _composite.get(op)
+    if known is None:
+        known = op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+        _composite[op] = known
+    return known
 
 
 _views: dict[Op, bool] = {}
@@ -472,6 +489,29 @@ def exchange(x: Tensor, new: Tensor) -> None:
             if getattr(x, hooks) is not None:
                 setattr(new, hooks, getattr(x, hooks))
     torch.utils.swap_tensors(x, new)  # type: ignore[no-untyped-call]  # torch's own function
+
+
+def swap_keeping_hooks(swap: Callable[[Tensor, Tensor], None], x: Tensor, y: Tensor) -> None:
+    """``torch.utils.swap_tensors``, which PyTorch calls for a subclass where it sets ``.data`` of a plain parameter.
+
+    A plain parameter keeps its hooks then. Those of swapped tensors stay listed at them and are called no more, so they
+    are set again. Where both hold the same planes (``model.float()``) there is nothing to swap.
+    """
+    if not isinstance(x, SplitTensor) and not isinstance(y, SplitTensor):
+        return swap(x, y)
+    if isinstance(x, SplitTensor) and isinstance(y, SplitTensor) and _same_memory(x.hi, y.hi):
+        x.requires_grad_(y.requires_grad)
+        return None
+    swap(x, y)
+    for tensor in (x, y):
+        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if tensor.is_leaf and getattr(tensor, hooks) is not None:
+                setattr(tensor, hooks, getattr(tensor, hooks))
+    return None
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.dtype is y.dtype and x.is_set_to(y)
 
 
 def make_plain(x: Tensor, because: str = "") -> None:

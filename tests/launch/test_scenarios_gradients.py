@@ -1,0 +1,13 @@
+"""Hooks and gradients: docs/scenarios.md."""
+
+from __future__ import annotations
+
+import pytest
+from scenario_table import check, of_group
+
+
+@pytest.mark.parametrize("scenario", of_group("gradients"), ids=lambda scenario: scenario.name)
+def test_it_is_as_under_plain_pytorch(scenario, tmp_path, monkeypatch):
+    if scenario.needs:
+        pytest.importorskip(scenario.needs)
+    check(scenario, tmp_path, monkeypatch.chdir)
