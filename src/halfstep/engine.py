@@ -263,7 +263,7 @@ class MixedPrecision:
             return StepResult(applied=True, scale=None, grad_norm=None)
         survey = optimizer.survey()
         device = survey.amax.device
-        inverse, found_inf = torch.ones((), device=device), None
+        inverse, found_inf = torch.ones((), dtype=torch.float32, device=device), None
         if scaler.is_enabled():
             unscaling = scaler.take_survey(optimizer, survey)
             inverse, found_inf = moved(unscaling.inverse, device), unscaling.found_inf

@@ -151,8 +151,8 @@ class _Call:
             bias = self.bias[:, :, rows] if self.bias.size(2) > 1 else self.bias
             scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype is torch.bool else scores + bias
         if self.lowest is not None or self.highest is not None:
-            queries = torch.arange(rows.start, rows.stop, device=scores.device)
-            ahead = torch.arange(key.size(2), device=scores.device) - queries[:, None]
+            queries = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=scores.device)
+            ahead = torch.arange(key.size(2), dtype=torch.int64, device=scores.device) - queries[:, None]
             if self.lowest is not None:
                 scores = scores.masked_fill(ahead < self.lowest, -torch.inf)
             if self.highest is not None:

@@ -85,7 +85,9 @@ class ScriptScaling:
         self.hook(_leaves(roots))
         if self._scaler is None:
             self._scaler = GradScaler(roots[0].device.type)
-            self._scaler.scale(torch.zeros((), device=roots[0].device))  # makes its tensors on this device
+            self._scaler.scale(
+                torch.zeros((), dtype=torch.float32, device=roots[0].device)
+            )  # makes its tensors on this device
         scaler = self._scaler
         self._settle(scaler)
         scaler.note_inputs(reference() for reference in self._inputs)
@@ -103,7 +105,7 @@ class ScriptScaling:
         device = roots[0].device
         self._inverse = scale.to(device, non_blocking=True).reciprocal()
         if self._found_inf is None:
-            self._found_inf = torch.zeros((), device=device)
+            self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
         try:
             return original(scaled_roots, scaled_given, *args, **kwargs)
         finally:

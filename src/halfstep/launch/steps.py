@@ -113,7 +113,7 @@ class StepObserver:
         step = Step(
             step=number,
             optimizer=index,
-            loss=float(torch.tensor(losses, dtype=torch.float32).sum()) if losses else None,
+            loss=float(torch.tensor(losses, dtype=torch.float32, device="cpu").sum()) if losses else None,
             seconds=now - self._last_end[index] if index in self._last_end else None,
             applied=applied,
             scale=scale_read,

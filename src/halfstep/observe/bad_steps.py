@@ -208,7 +208,8 @@ class BadStepWatch:
         """Whether another rank's gradients are bad: all take the step, or none does."""
         if self._averages or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return bad
-        flag = torch.tensor(float(bad), device=next(iter(self._before.devices), "cpu"))
+        device = next(iter(self._before.devices), "cpu")
+        flag = torch.tensor(float(bad), dtype=torch.float32, device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 

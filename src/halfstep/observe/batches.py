@@ -198,7 +198,13 @@ def _decode(value: Any, known: Mapping[str, type]) -> Any:
     if kind == "sparse":
         indices, values, shape = (_at_home(part, value["device"]) for part in value["parts"])
         return torch.sparse_coo_tensor(
-            indices, values, shape, check_invariants=True, is_coalesced=value["coalesced"] or None
+            indices,
+            values,
+            shape,
+            dtype=values.dtype,
+            device=values.device,
+            check_invariants=True,
+            is_coalesced=value["coalesced"] or None,
         )
     if kind == "array":
         array = value["values"].numpy()

@@ -48,7 +48,7 @@ _ROW = BINS + 2  #: of `count`: the bins, zeros, NaN
 
 
 def _no_counts() -> Tensor:
-    return torch.zeros(BINS, dtype=torch.int64)
+    return torch.zeros(BINS, dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +191,7 @@ class ExponentHistogram:
         """
         try:
             first, zeros, nans = (int(values[name]) for name in ("first", "zeros", "nans"))
-            given = torch.tensor(values["counts"], dtype=torch.int64)
+            given = torch.tensor(values["counts"], dtype=torch.int64, device="cpu")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"not an exponent histogram: {error!r}") from error
         counts = _no_counts()
@@ -238,7 +238,7 @@ def count(tensor: Tensor, sample: int | None = None) -> Tensor:
 
 
 def _counted(x: Tensor) -> Tensor:
-    row = torch.zeros(_ROW, dtype=torch.int64)
+    row = torch.zeros(_ROW, dtype=torch.int64, device="cpu")
     counts = row[:BINS]
     for start in range(0, x.numel(), _CHUNK):
         counts += torch.bincount(_bins(x[start : start + _CHUNK]), minlength=BINS)

@@ -42,9 +42,9 @@ class Tally:
 
     def __init__(self, device: torch.device) -> None:
         self.sum_of_squares = torch.zeros((), dtype=torch.float64, device=device)
-        self.found_inf = torch.zeros((), device=device)
-        self.found = torch.empty((), device=device)
-        self.coefficient = torch.empty((), device=device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+        self.found = torch.empty((), dtype=torch.float32, device=device)
+        self.coefficient = torch.empty((), dtype=torch.float32, device=device)
 
     def take(
         self,
@@ -70,7 +70,7 @@ class Tally:
             dense = gradient if is_dense(gradient) else gradient.contiguous()
             return chosen.arrive(flat(dense), self, inverse_scale, norm_before, limit)
         survey = survey_of([gradient], backend)
-        inverse = torch.ones((), device=device) if inverse_scale is None else inverse_scale
+        inverse = torch.ones((), dtype=torch.float32, device=device) if inverse_scale is None else inverse_scale
         found = self.add(survey, inverse)
         return Arrival(survey, found, None if limit is None else self._limited(limit, inverse, norm_before))
 

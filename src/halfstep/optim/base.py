@@ -241,8 +241,9 @@ class MasterOptimizer(Optimizer):
         if kept is None:
             return ours.float().clone()
         dense = ours if is_dense(ours) else ours.contiguous()
-        return torch.empty_strided(dense.shape, dense.stride(), device=ours.device).copy_(
-            masters.decode(flat(dense), flat(like(local(kept), dense))).as_strided(dense.shape, dense.stride())
+        master = masters.decode(flat(dense), flat(like(local(kept), dense)))
+        return torch.empty_strided(dense.shape, dense.stride(), dtype=torch.float32, device=ours.device).copy_(
+            master.as_strided(dense.shape, dense.stride())
         )
 
     def adopt(self, parameter: Tensor, float32: Tensor) -> None:
@@ -295,7 +296,7 @@ class MasterOptimizer(Optimizer):
 
     def new_state(self, parameter: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Any]:
         """The state of a parameter before its first step, shaped and sharded as the parameter."""
-        state: dict[str, Any] = {"step": torch.zeros((), device=local(parameter).device)}
+        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=local(parameter).device)}
         extra = masters.extra(group["master"], _rounding(group), parameter.dtype)
         if extra is not None:
             name, dtype = extra
@@ -433,7 +434,8 @@ def _groups_can_shard(parameter: Tensor) -> bool:
 
 
 def _new_scale(parameter: Tensor) -> Tensor:
-    part = torch.zeros(moments.scale_shape(local(parameter).shape), device=local(parameter).device)
+    ours = local(parameter)
+    part = torch.zeros(moments.scale_shape(ours.shape), dtype=torch.float32, device=ours.device)
     return sharded_like(part, parameter, moments.scale_shape(parameter.shape)) if is_sharded(parameter) else part
 
 

@@ -23,7 +23,7 @@ def total_norm(parameters: Iterable[Tensor], norm_type: float) -> Tensor:
     # Empty ones have no largest value.
     gradients = [dense_values(p.grad) for p in parameters if p.grad is not None and p.grad.numel()]
     if not gradients:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, dtype=torch.float32, device="cpu")
     norms = foreach.norms(gradients, norm_type)
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     together = torch.stack([norm.to(norms[0].device) for norm in norms])

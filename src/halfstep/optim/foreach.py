@@ -59,7 +59,7 @@ def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 def norms(tensors: Sequence[Tensor], norm_type: float) -> list[Tensor]:
     """The norm of each, accumulated in float32; 0-d."""
     kinds: dict[Any, list[int]] = {}
-    found: list[Tensor] = [torch.empty(0)] * len(tensors)
+    found: list[Tensor] = [torch.empty(0, dtype=torch.float32, device="cpu")] * len(tensors)
     for index, tensor in enumerate(tensors):
         if _is_strided(tensor):
             kinds.setdefault((tensor.device, tensor.dtype), []).append(index)

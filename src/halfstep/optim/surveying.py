@@ -38,7 +38,9 @@ def survey_of(gradients: Sequence[Tensor], backend: BackendName = "auto") -> Sur
                 "embedding with sparse=False, or give its parameters to torch.optim.SparseAdam"
             )
     if not gradients:
-        return Survey(torch.zeros((), dtype=torch.float64), torch.zeros(()), torch.zeros(0))
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
+        found_inf = torch.zeros((), dtype=torch.float32, device="cpu")
+        return Survey(total, found_inf, torch.zeros(0, dtype=torch.float32, device="cpu"))
     device = local(gradients[0]).device
     squares: list[Tensor] = []
     of_each: list[Tensor | None] = [None] * len(gradients)

@@ -177,7 +177,7 @@ def agree_(flags: dict[torch.device, Tensor], found_inf: Tensor, group: Any) -> 
 def smallest_of_ranks(scale: float, device: torch.device, group: Group) -> float:
     """The smallest of all ranks' scales: gradients that were scaled differently must never be averaged."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        smallest = torch.full((), scale, device=device)
+        smallest = torch.full((), scale, dtype=torch.float32, device=device)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=None if group == "auto" else group)
         scale = float(smallest.item())
     return scale

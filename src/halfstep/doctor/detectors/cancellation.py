@@ -130,7 +130,7 @@ def _operands(event: OpEvent, output: Value) -> tuple[Tensor, Tensor] | None:
                 return None
             found.append(next(tensors).tensor.detach().float().abs())
         elif isinstance(operand, int | float):
-            found.append(torch.tensor(abs(float(operand)), device=output.tensor.device))
+            found.append(torch.tensor(abs(float(operand)), dtype=torch.float32, device=output.tensor.device))
     alpha = event.kwargs.get("alpha", event.args[2] if len(event.args) > 2 else 1)
     if len(found) != 2 or not isinstance(alpha, int | float):
         return None

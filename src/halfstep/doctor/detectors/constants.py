@@ -213,7 +213,7 @@ def _number(item: Any, made: dict[int, Any]) -> float | None:
 
 
 def _rounded(value: float, format: Format) -> float:
-    return float(formats.round_to(torch.tensor(value, dtype=torch.float64), format))
+    return float(formats.round_to(torch.tensor(value, dtype=torch.float64, device="cpu"), format))
 
 
 # ------------------------------------------------------------------ words

@@ -102,7 +102,9 @@ def _is_running_value(event: OpEvent, index: int) -> bool:
     """Whether this is an HS303, unless nothing is lost. A factor that rounds to 1 is told as such, as HS402."""
     dtype = event.inputs[index].tensor.dtype
     factor = event.args[1] if _base(event.name) in ("mul", "div") and len(event.args) > 1 else None
-    factor_is_one = isinstance(factor, float) and float(torch.tensor(factor).to(dtype)) == 1.0
+    factor_is_one = (
+        isinstance(factor, float) and float(torch.tensor(factor, dtype=torch.float32, device="cpu").to(dtype)) == 1.0
+    )
     return not factor_is_one and is_kept(event, index)
 
 

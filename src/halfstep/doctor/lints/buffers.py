@@ -97,7 +97,7 @@ def ramp_collisions(values: Tensor, format: Format) -> int:
     if not ((steps >= 0).all() or (steps <= 0).all()):
         return 0
     # Half a spacing for the value's own rounding, and half of the ends', in proportion along the line, for theirs.
-    line = torch.linspace(0, 1, count, dtype=torch.float64)
+    line = torch.linspace(0, 1, count, dtype=torch.float64, device=values.device)
     ideal = values[0] + (values[-1] - values[0]) * line
     ends = format.ulp(values[[0, -1]]) / 2
     slack = torch.maximum(format.ulp(ideal), format.ulp(values)) / 2 + ends[0] * (1 - line) + ends[1] * line
@@ -118,7 +118,7 @@ def phase_error(values: Tensor, format: Format) -> float:
     if count < _SHORTEST_SERIES or not (values > 0).all() or not (values.diff() < 0).all():
         return 0.0
     logarithms = values.log2()
-    line = torch.linspace(0, 1, count, dtype=torch.float64)
+    line = torch.linspace(0, 1, count, dtype=torch.float64, device=values.device)
     ideal = logarithms[0] + (logarithms[-1] - logarithms[0]) * line
     relative = format.ulp(values) / values / math.log(2)  # a spacing, in octaves
     slack = relative / 2 + relative[0] / 2 * (1 - line) + relative[-1] / 2 * line

@@ -156,7 +156,8 @@ def unmoved_significands(factor: float, format: Format) -> float:
 
     All numbers of one octave are tried; in every other octave of normal numbers it is the same.
     """
-    significands = 1 + torch.arange(2**format.mantissa_bits, dtype=torch.float64) / 2**format.mantissa_bits
+    steps = torch.arange(2**format.mantissa_bits, dtype=torch.float64, device="cpu")
+    significands = 1 + steps / 2**format.mantissa_bits
     return float((round_to(significands * factor, format) == significands).double().mean())
 
 

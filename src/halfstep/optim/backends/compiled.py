@@ -89,7 +89,8 @@ def survey(gradients: Sequence[Tensor]) -> Survey:
 
 def _step(job: Job, rule: Rule, stochastic: bool, coefficient: Tensor | None, found_inf: Tensor | None) -> None:
     device = job.parameter.device
-    one, zero = torch.ones((), device=device), torch.zeros((), device=device)
+    one = torch.ones((), dtype=torch.float32, device=device)
+    zero = torch.zeros((), dtype=torch.float32, device=device)
     lr = torch.as_tensor(rule.lr, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     streams = [dither.WEIGHT, *dither.STATE[: len(job.states)]]
     keys = [dither.signed(dither.key(job.seed, job.ordinal, stream, job.first)) for stream in streams]
@@ -185,14 +186,17 @@ def _made_up(job: Job) -> Job:
     """A job like this one, of 4096 numbers."""
     n, row = 4096, 4096
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(n, generator=generator).to(job.parameter.device) for _ in range(2)]
+    on_host = [torch.randn(n, generator=generator, dtype=torch.float32, device="cpu") for _ in range(2)]
+    values = [value.to(job.parameter.device) for value in on_host]
     scale_count = n // moments.GROUP
     return job._replace(
         parameter=values[0].to(job.parameter.dtype),
         gradient=values[1].to(job.gradient.dtype),
         kept=None if job.kept is None else _kept_for(values[0], job),
         states=tuple(torch.zeros(n, dtype=s.dtype, device=s.device) for s in job.states),
-        scales=tuple(None if s is None else torch.zeros(scale_count, device=s.device) for s in job.scales),
+        scales=tuple(
+            None if s is None else torch.zeros(scale_count, dtype=s.dtype, device=s.device) for s in job.scales
+        ),
         step=torch.zeros_like(job.step),
         row=row,
     )

@@ -127,7 +127,7 @@ def update(
     with _on(device):
         kernels = _kernels()
         table = _table_of(tuple(map(_place, jobs)), device)
-        numbers = torch.empty(len(jobs), kernels.NUMBERS.value, device=device)
+        numbers = torch.empty(len(jobs), kernels.NUMBERS.value, dtype=torch.float32, device=device)
         kernel, hyperparameters, flags = _kernel(rule)
         launched = -1  # `prepare` counts the step: it is launched once
 
@@ -157,7 +157,7 @@ def survey(gradients: Sequence[Tensor]) -> Survey:
     """Look at gradients, once: `halfstep.optim.update.Backend.survey`. Sums are put together in one order always."""
     device = gradients[0].device if gradients else torch.device("cpu")
     sums = torch.empty(len(gradients), dtype=torch.float64, device=device)
-    amax = torch.empty(len(gradients), device=device)
+    amax = torch.empty(len(gradients), dtype=torch.float32, device=device)
     if gradients:
         with _on(device):
             plan, partial, largest = _chunks_surveyed(gradients, device)
@@ -173,7 +173,8 @@ def arrive(
     """Look at a gradient, and add it to others: `halfstep.optim.update.Arriving.arrive`. Two launches."""
     device = gradient.device
     total = torch.empty((), dtype=torch.float64, device=device)
-    survey = Survey(total, torch.empty((), device=device), torch.empty(1, device=device))
+    found_inf = torch.empty((), dtype=torch.float32, device=device)
+    survey = Survey(total, found_inf, torch.empty(1, dtype=torch.float32, device=device))
     with _on(device):
         plan, partial, largest = _chunks_surveyed([gradient], device)
         _kernels().arrive[(1,)](
@@ -333,7 +334,7 @@ def _table_of(places: tuple[_Place, ...], device: torch.device) -> _Table:
         plan = table.plan if table is not None and table.plan.shapes == shapes else None
         if capturing and plan is not None:
             _captured[id(plan)] = plan
-        rows = torch.tensor([_row(place) for place in places], dtype=torch.int64)
+        rows = torch.tensor([_row(place) for place in places], dtype=torch.int64, device="cpu")
         table = _Table(places, _send(rows, device), _plan(shapes, device) if plan is None else plan)
         if not capturing:  # a captured copy runs at the replay only
             _tables[key] = table

@@ -96,7 +96,7 @@ def survey(gradients: Sequence[Tensor]) -> Survey:
     """Look at gradients, once: `halfstep.optim.update.Backend.survey`."""
     device = gradients[0].device if gradients else torch.device("cpu")
     total = torch.zeros((), dtype=torch.float64, device=device)
-    amax = torch.zeros(len(gradients), device=device)
+    amax = torch.zeros(len(gradients), dtype=torch.float32, device=device)
     for index, gradient in enumerate(gradients):
         if gradient.numel():
             total += gradient.double().square_().sum()

@@ -91,8 +91,8 @@ def survey(gradients: Sequence[Tensor]) -> Survey:
         if not gradient.is_contiguous():
             raise ValueError(f"a gradient of shape {tuple(gradient.shape)} has strides {gradient.stride()}: not flat")
         table.extend((gradient.data_ptr(), gradient.numel(), _FORMAT.get(gradient.dtype, 0)))
-    total = torch.empty((), dtype=torch.float64)
-    amax = torch.empty(len(gradients))
+    total = torch.empty((), dtype=torch.float64, device="cpu")
+    amax = torch.empty(len(gradients), dtype=torch.float32, device="cpu")
     result = _loaded().hs_survey(
         table.buffer_info()[0], len(gradients), total.data_ptr(), amax.data_ptr(), torch.get_num_threads()
     )
