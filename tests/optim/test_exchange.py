@@ -130,11 +130,15 @@ def test_several_pairs_on_several_threads() -> None:
         (torch.zeros(6).bfloat16()[::2], torch.zeros(6)[::2]),
         (torch.zeros(2, 3).bfloat16(), torch.zeros(3, 2).t()),
         (torch.zeros(3), torch.zeros(3)),
+        (torch.zeros(3).bfloat16().to("meta"), torch.zeros(3)),
+        (torch.zeros(3).bfloat16(), torch.zeros(3, device="meta")),
     ],
-    ids=["shape", "float64", "gaps", "order", "float32"],
+    ids=["shape", "float64", "gaps", "order", "float32", "parameter elsewhere", "master elsewhere"],
 )
 def test_pairs_that_do_not_go_together_are_refused(parameter: Tensor, master: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"16-bit parameter and its float32|must be bfloat16 or float16"):
+    with pytest.raises(
+        ValueError, match=r"16-bit parameter and its float32|must be (bfloat16 or float16|float32) in the host's memory"
+    ):
         native.follow([(parameter, master)])
 
 

@@ -371,11 +371,89 @@ def test_tensors_that_do_not_go_together_are_refused() -> None:
         native.update(
             [good, good._replace(states=(good.states[0], good.states[1].int().to(torch.int8)))], rule, **options
         )
-    with pytest.raises(ValueError, match=r"coefficient: one float32 .* not torch\.float64"):
+    with pytest.raises(ValueError, match=r"coefficient: one float32 .* not 1 of torch\.float64"):
         native.update([good], rule, **{**options, "coefficient": torch.tensor(1.0, dtype=torch.float64)})
-    with pytest.raises(ValueError, match="gradients must be float32, bfloat16 or float16"):
+    with pytest.raises(ValueError, match="shape \\(3,\\) must be float32, bfloat16 or float16"):
         native.survey([torch.zeros(3, dtype=torch.float64)])
     assert_same_bits(good, before, "a refused update changes nothing")
+
+
+def wrong_entries(good: Job) -> dict[str, tuple[Job, str]]:
+    """Jobs with one tensor that C would take for another, and what is said of it."""
+    long, first, second = torch.zeros(1000, dtype=torch.float64), good.states[0], good.states[1]
+    step, halves = torch.zeros((), dtype=torch.bfloat16), torch.zeros(16, dtype=torch.float16)
+    host = "in the host's memory \\(cpu\\), not "
+    floats = f"must be float32, bfloat16 or float16 {host}"
+    return {
+        "parameter": (good._replace(parameter=long), f"^parameter 3 {floats}torch.float64 on cpu"),
+        "parameter elsewhere": (good._replace(parameter=first.to("meta")), f"^parameter 3 {floats}torch.* on meta"),
+        "gradient": (good._replace(gradient=long), f"gradient of parameter 3 {floats}torch.float64 on cpu"),
+        "gradient elsewhere": (good._replace(gradient=first.to("meta")), f"gradient of parameter 3 {floats}.* on meta"),
+        "integer gradient": (
+            good._replace(gradient=long.to(torch.int16)),
+            f"gradient of .* {floats}torch.int16 on cpu",
+        ),
+        "kept": (good._replace(kept=long), "compensation of parameter 3 must be .* not torch.float64 on cpu"),
+        "kept elsewhere": (good._replace(kept=first.to("meta")), "compensation of parameter 3 must be .* on meta"),
+        "state": (good._replace(states=(first, long)), "exp_avg_sq of parameter 3 must be .* not torch.float64 on cpu"),
+        "fp16 state": (good._replace(states=(first.half(), second)), "exp_avg of .* not torch.float16 on cpu"),
+        "state elsewhere": (good._replace(states=(first.to("meta"), second)), "exp_avg of .* on meta"),
+        "scale": (
+            good._replace(scales=(halves, halves)),
+            f"exp_avg_scale of .* must be float32 {host}torch.float16 on cpu",
+        ),
+        "scale elsewhere": (good._replace(scales=(halves.float().to("meta"),) * 2), "exp_avg_scale of .* on meta"),
+        "step": (
+            good._replace(step=step),
+            f"step of parameter 3 must be float32 {host}torch.bfloat16 on cpu.*load_state",
+        ),
+        "long step": (good._replace(step=step.double()), f"step of .* must be float32 {host}torch.float64 on cpu"),
+        "step elsewhere": (good._replace(step=step.float().to("meta")), "step of .* not torch.float32 on meta"),
+        "empty step": (good._replace(step=torch.zeros(0)), "step of parameter 3: one number"),
+    }
+
+
+@needs_library
+@pytest.mark.parametrize("name", wrong_entries(make_job(RULES["adamw"], torch.bfloat16, torch.bfloat16)))
+def test_what_c_would_take_for_another_is_refused_by_its_name(name: str) -> None:
+    good = make_job(RULES["adamw"], torch.bfloat16, torch.bfloat16)._replace(ordinal=3)
+    wrong, said = wrong_entries(good)[name]
+    before = clone(good)
+    with pytest.raises(ValueError, match=said):
+        native.update([good, wrong], RULES["adamw"], stochastic=False, coefficient=None, found_inf=None)
+    assert_same_bits(good, before, "a refused update changes nothing")
+
+
+@needs_library
+def test_a_gradient_is_looked_at_in_every_step_and_numbers_too() -> None:
+    """What is known of a job from an earlier step does not tell of these."""
+    rule = RULES["adamw"]
+    job = make_job(rule, torch.bfloat16, torch.bfloat16)._replace(notes={})
+    options: dict[str, Any] = {"stochastic": False, "coefficient": None, "found_inf": None}
+    native.update([job], rule, **options)
+    for wrong in (job.gradient.double(), job.gradient.to("meta"), job.gradient.to(torch.int16)):
+        with pytest.raises(ValueError, match="gradient of parameter 3 must be"):
+            native.update([job._replace(gradient=wrong)], rule, **options)
+        with pytest.raises(ValueError, match=r"a gradient of shape \(1000,\) must be float32, bfloat16 or float16"):
+            native.survey([job.gradient, wrong])
+    for number in (torch.tensor(1.0).bfloat16(), torch.tensor(1.0, device="meta"), torch.ones(2)):
+        for what in ("coefficient", "found_inf"):
+            with pytest.raises(ValueError, match=f"{what}: one float32 in the host's memory, not"):
+                native.update([job], rule, **{**options, what: number})
+
+
+@needs_library
+def test_a_count_of_steps_that_somebody_exchanged_is_refused() -> None:
+    parameter = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = halfstep.optim.AdamW([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.state[parameter]["step"] = torch.ones((), dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"step of parameter 0 must be float32 .* not torch.float64"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())  # as it says
+    optimizer.step()
+    assert float(optimizer.state[parameter]["step"]) == 2
 
 
 @needs_library

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -29,7 +29,11 @@ name = "native"
 #: Of ``halfstep.h``: raised together with it.
 VERSION = 3
 
-_FORMAT = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int16: 4, torch.int8: 5, torch.uint8: 6}
+_HALF = {torch.bfloat16: 2, torch.float16: 3}
+_FLOAT = {torch.float32: 1, **_HALF}
+_KEPT = {**_FLOAT, torch.int16: 4, torch.int8: 5}
+_STATE = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 5, torch.uint8: 6}
+_FLOAT32 = {torch.float32: 1}
 _STATES = 3
 _ROW = 16  # 64-bit integers in a job's row
 _GRADIENT, _NUMEL, _FORMATS = 1, 10, 15  # columns of it
@@ -69,7 +73,7 @@ def update(
     Args:
         unscale: multiply the gradients that are not float16 by ``coefficient`` in memory too, in the same pass.
     """
-    table = _table(jobs)
+    table = _table(jobs, rule)
     result = _loaded().hs_update(
         table.buffer_info()[0],
         len(jobs),
@@ -80,7 +84,7 @@ def update(
     )
     if result == _NO_MEMORY:
         raise MemoryError(f"no memory for the plan of {len(jobs)} updates")
-    if result == _UNKNOWN_FORMAT:
+    if result == _UNKNOWN_FORMAT:  # each is one that C knows
         raise ValueError(f"{rule}: a job's dtypes do not go together: {[_dtypes(job) for job in jobs]}")
 
 
@@ -88,9 +92,12 @@ def survey(gradients: Sequence[Tensor]) -> Survey:
     """Look at gradients, once: `halfstep.optim.update.Backend.survey`."""
     table = array("q")
     for gradient in gradients:
+        format = _FLOAT.get(gradient.dtype)
+        if format is None or not gradient.is_cpu:
+            raise ValueError(_wrong(f"a gradient of shape {tuple(gradient.shape)}", gradient, _FLOAT))
         if not gradient.is_contiguous():
             raise ValueError(f"a gradient of shape {tuple(gradient.shape)} has strides {gradient.stride()}: not flat")
-        table.extend((gradient.data_ptr(), gradient.numel(), _FORMAT.get(gradient.dtype, 0)))
+        table.extend((gradient.data_ptr(), gradient.numel(), format))
     total = torch.empty((), dtype=torch.float64, device="cpu")
     amax = torch.empty(len(gradients), dtype=torch.float32, device="cpu")
     result = _loaded().hs_survey(
@@ -98,8 +105,6 @@ def survey(gradients: Sequence[Tensor]) -> Survey:
     )
     if result == _NO_MEMORY:
         raise MemoryError(f"no memory to look at {len(gradients)} gradients")
-    if result == _UNKNOWN_FORMAT:
-        raise ValueError(f"gradients must be float32, bfloat16 or float16, not {[g.dtype for g in gradients]}")
     return Survey(total, (~amax.isfinite()).any().float(), amax)
 
 
@@ -110,60 +115,92 @@ def follow(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         pairs: a bfloat16 or float16 parameter and its float32 master, with their elements in one order, without gaps.
 
     Raises:
-        ValueError: two do not go together.
+        ValueError: two do not go together, have other dtypes, or do not lie in the host's memory.
     """
     table = array("q")
     for parameter, master in pairs:
-        together = parameter.shape == master.shape and parameter.stride() == master.stride() and is_dense(parameter)
-        if not together or master.dtype is not torch.float32:
-            both = [(t.dtype, tuple(t.shape), t.stride()) for t in (parameter, master)]
+        format = _HALF.get(parameter.dtype)
+        if format is None or not parameter.is_cpu:
+            raise ValueError(_wrong(f"a 16-bit parameter of shape {tuple(parameter.shape)}", parameter, _HALF))
+        if master.dtype is not torch.float32 or not master.is_cpu:
+            raise ValueError(_wrong(f"a master of shape {tuple(master.shape)}", master, _FLOAT32))
+        if parameter.shape != master.shape or parameter.stride() != master.stride() or not is_dense(parameter):
+            both = [(tuple(t.shape), t.stride()) for t in (parameter, master)]
             raise ValueError(f"a 16-bit parameter and its float32 master in one order without gaps, not {both}")
-        table.extend((parameter.data_ptr(), master.data_ptr(), parameter.numel(), _FORMAT.get(parameter.dtype, 0)))
-    if _loaded().hs_follow(table.buffer_info()[0], len(pairs), torch.get_num_threads()) == _UNKNOWN_FORMAT:
-        raise ValueError(f"parameters must be bfloat16 or float16, not {[p.dtype for p, _ in pairs]}")
+        table.extend((parameter.data_ptr(), master.data_ptr(), parameter.numel(), format))
+    _loaded().hs_follow(table.buffer_info()[0], len(pairs), torch.get_num_threads())
 
 
-def _table(jobs: Sequence[Job]) -> array[int]:
+def _table(jobs: Sequence[Job], rule: Rule) -> array[int]:
     """``struct hs_job`` for each job. Written for speed: a model has hundreds of parameters, and they wait for this."""
     table = array("q")
     for job in jobs:
         notes, gradient = job.notes, job.gradient
         row = None if notes is None else notes.get(name)
         if row is None:
-            row = _row(job)
+            row = _row(job, [state for state, _ in rule.states])
             if notes is not None:
                 notes[name] = row
+        format = _FLOAT.get(gradient.dtype)
+        if format is None or not gradient.is_cpu:
+            raise ValueError(_wrong(f"gradient of parameter {job.ordinal}", gradient, _FLOAT))
         if gradient.numel() != row[_NUMEL] or not gradient.is_contiguous():
             raise ValueError(_unsound(job))
         row[_GRADIENT] = gradient.data_ptr()
-        row[_FORMATS] = row[_FORMATS] & ~0xF0 | _FORMAT[gradient.dtype] << 4
+        row[_FORMATS] = row[_FORMATS] & ~0xF0 | format << 4
         table += row
     return table
 
 
-def _row(job: Job) -> array[int]:
-    """``struct hs_job``, without the gradient."""
+def _row(job: Job, names: Sequence[str]) -> array[int]:
+    """``struct hs_job``, without the gradient. C reads and writes what this says, so each tensor is looked at first.
+
+    Args:
+        names: of the states.
+    """
     numel = job.parameter.numel()
-    sound, formats = job.parameter.is_contiguous(), _FORMAT[job.parameter.dtype]
+    formats, sound = _format(job, "", job.parameter, _FLOAT), job.parameter.is_contiguous()
     kept_address = 0
     if job.kept is not None:
+        formats |= _format(job, "master, remainder or compensation", job.kept, _KEPT) << 8
         sound = sound and job.kept.numel() == numel and job.kept.is_contiguous()
-        formats |= _FORMAT[job.kept.dtype] << 8
         kept_address = job.kept.data_ptr()
     places, groups = [0] * (2 * _STATES), numel // job.row * -(-job.row // GROUP) if numel else 0
     for index, (state, scale) in enumerate(zip(job.states, job.scales, strict=True)):
+        what = names[index] if index < len(names) else f"state {index}"
+        formats |= _format(job, what, state, _STATE) << (12 + 4 * index)
         sound = sound and state.numel() == numel and state.is_contiguous()
-        formats |= _FORMAT[state.dtype] << (12 + 4 * index)
         places[index] = state.data_ptr()
         if scale is not None:
-            sound = sound and scale.numel() == groups and scale.is_contiguous() and scale.dtype is torch.float32
+            _format(job, f"{what}_scale", scale, _FLOAT32)
+            sound = sound and scale.numel() == groups and scale.is_contiguous()
             places[_STATES + index] = scale.data_ptr()
     if not sound:
         raise ValueError(_unsound(job))
+    _format(job, "step", job.step, _FLOAT32)
+    if job.step.numel() != 1:
+        raise ValueError(f"step of parameter {job.ordinal}: one number, not {tuple(job.step.shape)}")
     key = (job.seed & 0xFFFFFFFF, job.ordinal & 0xFFFFFFFF, job.first)
     return array(
         "q", (job.parameter.data_ptr(), 0, kept_address, *places, job.step.data_ptr(), numel, job.row, *key, formats)
     )
+
+
+def _format(job: Job, what: str, tensor: Tensor, formats: Mapping[torch.dtype, int]) -> int:
+    """How C calls the tensor's dtype, one of ``formats``; ``what`` of the job it is, or nothing for the parameter."""
+    if tensor.dtype not in formats or not tensor.is_cpu:
+        if not what:
+            raise ValueError(_wrong(f"parameter {job.ordinal}", tensor, formats))
+        wrong = _wrong(f"{what} of parameter {job.ordinal}", tensor, formats)
+        raise ValueError(f"{wrong}. The optimizer's load_state_dict converts a state that was made elsewhere")
+    return formats[tensor.dtype]
+
+
+def _wrong(what: str, tensor: Tensor, formats: Mapping[torch.dtype, int]) -> str:
+    """What is said of a tensor that C would take for another, or whose memory is not the host's."""
+    *others, last = [str(dtype).removeprefix("torch.") for dtype in formats]
+    wanted = f"{', '.join(others)} or {last}" if others else last
+    return f"{what} must be {wanted} in the host's memory (cpu), not {tensor.dtype} on {tensor.device}"
 
 
 def _unsound(job: Job) -> str:
@@ -195,8 +232,10 @@ def _scalar(value: Tensor | None, what: str) -> int | None:
     """The address of a float32 scalar in the host's memory."""
     if value is None:
         return None
-    if value.dtype is not torch.float32 or value.numel() != 1 or value.device.type != "cpu":
-        raise ValueError(f"{what}: one float32 in the host's memory, not {value.dtype} on {value.device}")
+    if value.dtype is not torch.float32 or value.numel() != 1 or not value.is_cpu:
+        raise ValueError(
+            f"{what}: one float32 in the host's memory, not {value.numel()} of {value.dtype} on {value.device}"
+        )
     return value.data_ptr()
 
 
