@@ -347,6 +347,8 @@ def _table(policy: Policy, device_type: str) -> Mapping[str, Rule]:
         table |= rules.cuda_rules()
         table |= dict.fromkeys(rules.CUDNN_ONLY, "lower")
         table |= dict.fromkeys(rules.CUDNN_STAND_INS, "lower")
+        if device_type == "cpu" and not policy.emulate and rules.without_kernel(policy.compute_dtype):
+            table.pop("lstm.data")  # a whole layer is FP32 there, and a call is known by its name alone
     elif device_type in rules.AUTOCAST_KEYS:
         own = rules.registered(device_type)
         table |= {op: "lower" if op in rules.CPU_LOWER else "fp32" for op in own}
