@@ -77,7 +77,7 @@ from halfstep.policy import Policy, resolve
 from halfstep.scale import GradScaler
 from halfstep.scale.attempt import Attempt
 from halfstep.scale.fused import asks_first
-from halfstep.split import NarrowGradients
+from halfstep.split import NarrowGradients, set_hooks_again
 from halfstep.transfer import moved
 
 
@@ -204,6 +204,9 @@ class MixedPrecision:
             watch.note_loss(loss)
         if self.scaler.has_stepped(self.optimizer):  # and was interrupted twice
             self.scaler.update()
+        if self.policy.storage == "split":  # model.float() or .to(device) has swapped them, and hooks do not follow
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                set_hooks_again(parameter)
         scaling = self.scaler.is_enabled()
         if not scaling:
             self.scaler.backward_starts(loss)

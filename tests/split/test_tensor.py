@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from halfstep.split import SplitTensor, make_plain, on_plain, split, split_parameters
+from halfstep import MixedPrecision
+from halfstep.split import SplitTensor, make_plain, on_plain, split, split_parameters, swap_keeping_hooks
 
 
 def plain(seed: int = 0, shape: tuple[int, ...] = (6, 4)) -> nn.Parameter:
@@ -264,3 +265,59 @@ def test_planes_are_written_in_place_and_take_four_bytes() -> None:
     assert p.hi is hi and p.lo is lo
     assert hi.untyped_storage().nbytes() + lo.untyped_storage().nbytes() == 4 * 64 * 64
     assert torch.equal(split(p.joined())[0], hi)
+
+
+READS: dict[str, Callable[[Any], Tensor]] = {
+    "to another dtype": lambda p: p.to(torch.float64),
+    "to its own": lambda p: p.float(),
+    "to 16 bits": lambda p: p.to(torch.float16),
+    "reshape": lambda p: p.reshape(4, 6),
+    "contiguous": lambda p: p.t().contiguous(),
+    "flatten": lambda p: p.flatten(),
+    "chunks": lambda p: torch.cat(p.chunk(3)),
+    "a product": lambda p: functional.linear(torch.ones(2, 4), p),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_inference_mode_which_hands_on_composite_ops_whole_sees_the_parameter(name: str) -> None:
+    ours, theirs = pair()
+    with torch.inference_mode():
+        found, expected = READS[name](ours), READS[name](theirs)
+        assert found.dtype is expected.dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_under_inference_mode_arrive(name: str) -> None:
+    ours, theirs = pair()
+    with torch.inference_mode():
+        WRITES[name](ours)
+        WRITES[name](theirs)
+    assert same(ours, theirs)
+
+
+def test_autocast_under_inference_mode_gets_the_plane() -> None:
+    model = nn.Linear(4, 6)
+    split_parameters(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(torch.ones(2, 4)).detach()
+        with torch.inference_mode():
+            assert torch.equal(model(torch.ones(2, 4)), expected)
+
+
+@pytest.mark.parametrize("by", ["swap", "backward of the library"])
+def test_hooks_are_called_after_pytorch_has_swapped_the_parameter(by: str) -> None:
+    model = nn.Linear(4, 6)
+    seen: list[str] = []
+    model.weight.register_hook(lambda gradient: seen.append("hook"))
+    model.weight.register_post_accumulate_grad_hook(lambda _: seen.append("after"))
+    mp = MixedPrecision(model, torch.optim.SGD(model.parameters(), lr=0.1), "bf16-master")
+    weight, other = model.weight, nn.Parameter(SplitTensor.of(torch.ones(6, 4)))
+    assert isinstance(weight, SplitTensor)
+    if by == "swap":
+        swap_keeping_hooks(torch.utils.swap_tensors, weight, other)
+        model(torch.ones(2, 4)).sum().backward()
+    else:
+        torch.utils.swap_tensors(weight, other)  # type: ignore[no-untyped-call]
+        mp.backward(model(torch.ones(2, 4)).sum())
+    assert seen == ["hook", "after"] and torch.equal(model.weight, torch.ones(6, 4))

@@ -19,6 +19,7 @@ from halfstep.split.tensor import (
     on_temporary,
     parts,
     register,
+    set_hooks_again,
     swap_keeping_hooks,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "parts",
     "plain_parameters",
     "register",
+    "set_hooks_again",
     "split",
     "split_parameters",
     "swap_keeping_hooks",

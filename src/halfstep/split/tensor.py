@@ -503,11 +503,16 @@ def swap_keeping_hooks(swap: Callable[[Tensor, Tensor], None], x: Tensor, y: Ten
         x.requires_grad_(y.requires_grad)
         return None
     swap(x, y)
-    for tensor in (x, y):
-        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            if tensor.is_leaf and getattr(tensor, hooks) is not None:
-                setattr(tensor, hooks, getattr(tensor, hooks))
+    set_hooks_again(x)
+    set_hooks_again(y)
     return None
+
+
+def set_hooks_again(x: Tensor) -> None:
+    """Have the hooks called that are listed at a leaf tensor, also where it was swapped since they were registered."""
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if x.is_leaf and getattr(x, hooks) is not None:
+            setattr(x, hooks, getattr(x, hooks))
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
