@@ -43,11 +43,16 @@ for _group in GROUPS:
 #: `halfstep run` with these; fp16 is emulated, since it is slow where a CPU has no unit for it.
 RUN = ("fp32", "bf16-mixed", "bf16-master", "fp16-mixed:emulate", "fp16-master:emulate")
 #: `halfstep.MixedPrecision` with these.
-LIBRARY = ("bf16-mixed", "bf16-master", "fp16-master:emulate")
+LIBRARY = ("lib bf16-mixed", "lib bf16-master", "lib fp16-master:emulate")
 
 
 def of_group(group: str) -> list[Scenario]:
     return [scenario for scenario in ALL if scenario.group == group]
+
+
+def columns(scenario: Scenario) -> tuple[str, ...]:
+    """Those in which a row has a cell."""
+    return (*RUN, *LIBRARY) if scenario.library else RUN
 
 
 def check(scenario: Scenario, folder: Path, enter: Callable[[Path], None]) -> None:
@@ -78,30 +83,27 @@ def _check(scenario: Scenario, cell: Callable[[str, Callable[[Scenario, Path], N
     plain = cell("plain", _without_policy)
     assert all(math.isfinite(value) for value in plain.values()), plain
     wrong = []
-    for policy in RUN:
-        refused = scenario.refuses.get(policy)
+    for column in columns(scenario):
+        refused = scenario.refuses.get(column)
         try:
-            numbers = cell(policy, lambda scenario, place, policy=policy: _by_launcher(scenario, policy, place))
+            numbers = cell(column, lambda scenario, place, column=column: _under(scenario, column, place))
         except ScriptFailedError as error:
             if refused is None or refused not in str(error):
-                wrong.append(f"run {policy}: {error}")
+                wrong.append(f"{column}: {error}")
             continue
         if refused is not None:
-            wrong.append(f"run {policy}: no error any more; was expected to say {refused!r}")
-        all_fp32 = policy == "fp32" and {*scenario.parts} <= {"", "fp32", "plain"}
+            wrong.append(f"{column}: no error any more; was expected to say {refused!r}")
+        all_fp32 = column == "fp32" and {*scenario.parts} <= {"", "fp32", "plain"}
         found = _deviations(scenario, plain, numbers, all_fp32)
-        if policy not in scenario.differs:
-            wrong += [f"run {policy}: {line}" for line in found]
+        if column not in scenario.differs:
+            wrong += [f"{column}: {line}" for line in found]
         elif not found:
-            wrong.append(f"run {policy}: as plain now; was expected: {scenario.differs[policy]}")
-    for policy in LIBRARY if scenario.library else ():
-        numbers = cell(f"library {policy}", lambda scenario, place, policy=policy: _by_library(scenario, policy))
-        wrong += [f"library {policy}: {line}" for line in _deviations(scenario, plain, numbers, False)]
+            wrong.append(f"{column}: as plain now; was expected: {scenario.differs[column]}")
     assert not wrong, "\n".join([f"{scenario.name} (within {scenario.within:.1%}):", *wrong])
 
 
 class ScriptFailedError(Exception):
-    """A scenario raised under the launcher."""
+    """A scenario raised under a policy."""
 
 
 def _deviations(scenario: Scenario, plain: Numbers, numbers: Numbers, exact: bool) -> list[str]:
@@ -128,6 +130,15 @@ def _without_policy(scenario: Scenario, folder: Path) -> Numbers:
     for part, _ in _parts(scenario):
         numbers = _act(scenario, part)
     return numbers
+
+
+def _under(scenario: Scenario, column: str, folder: Path) -> Numbers:
+    if column not in LIBRARY:
+        return _by_launcher(scenario, column, folder)
+    try:
+        return _by_library(scenario, column.removeprefix("lib "))
+    except Exception as error:
+        raise ScriptFailedError(f"{type(error).__name__}: {error}") from error
 
 
 def _by_launcher(scenario: Scenario, policy: str, folder: Path) -> Numbers:
@@ -157,6 +168,7 @@ def _by_library(scenario: Scenario, policy: str) -> Numbers:
         mp = precision.get(optimizer)
         if mp is None:
             mp = precision[optimizer] = halfstep.MixedPrecision(model, optimizer, policy)
+        optimizer.zero_grad()
         with mp.autocast():
             value = loss()
         mp.backward(value)
@@ -192,7 +204,7 @@ def render() -> str:
         lines += [
             f"## {title}",
             "",
-            _row(["what the script does", "what must hold", *RUN, *(f"lib {p}" for p in LIBRARY)]),
+            _row(["what the script does", "what must hold", *RUN, *LIBRARY]),
         ]
         lines += [_row(["---"] * (2 + len(RUN) + len(LIBRARY)))]
         for scenario in of_group(group):
@@ -200,17 +212,18 @@ def render() -> str:
                 f" ({', '.join(under or 'P' for under in scenario.parts)})" if scenario.parts else ""
             )
             holds = f"{scenario.holds}; {scenario.within:.0%}" if scenario.within else scenario.holds
-            cells = [_cell(scenario, policy) for policy in RUN]
-            cells += ["as plain" if scenario.library else "–"] * len(LIBRARY)
+            cells = [_cell(scenario, column) for column in (*RUN, *LIBRARY)]
             lines.append(_row([did, holds, *cells]))
         lines.append("")
     return "\n".join(lines).replace(":emulate", ":e").replace("`e`: `:e`", "`:e`: `:emulate`").rstrip() + "\n"
 
 
-def _cell(scenario: Scenario, policy: str) -> str:
-    if policy in scenario.refuses:
-        return f"refused: “{scenario.refuses[policy]}”"
-    return scenario.differs.get(policy, "as plain")
+def _cell(scenario: Scenario, column: str) -> str:
+    if column not in columns(scenario):
+        return "–"
+    if column in scenario.refuses:
+        return f"refused: “{scenario.refuses[column]}”"
+    return scenario.differs.get(column, "as plain")
 
 
 def _row(cells: list[str]) -> str:

@@ -30,8 +30,8 @@ class Scenario:
     #: A script that is run several times in one folder, as ``act(0)``, ``act(1)`` …: under what, "" for the policy.
     parts: tuple[str, ...]
     needs: str  #: a module without which it cannot run
-    refuses: Mapping[str, str]  #: by policy of `halfstep run`, the error that is raised instead
-    differs: Mapping[str, str]  #: by policy of `halfstep run`, what happens instead and why, where numbers differ
+    refuses: Mapping[str, str]  #: by column, the error that is raised instead
+    differs: Mapping[str, str]  #: by column, what happens instead and why, where numbers differ
 
 
 ALL: list[Scenario] = []

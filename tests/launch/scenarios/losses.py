@@ -127,7 +127,7 @@ def maml() -> Numbers:
     return {"moved": distance(model, start), "loss": held_out(model)}
 
 
-@scenario("the product's norm", 0.05)
+@scenario("the product's norm", 0.05, library=True)
 def hessian_vector_product() -> Numbers:
     """A Hessian times a vector, for weights."""
     model = made()
@@ -138,7 +138,7 @@ def hessian_vector_product() -> Numbers:
     return {"norm": training.norm(torch.autograd.grad(dot, list(model.parameters())))}
 
 
-@scenario("norms of gradients by sample", 0.03)
+@scenario("norms of gradients by sample", 0.03, library=True)
 def gradients_of_single_samples() -> Numbers:
     """`vmap(grad(...))` over samples, as for differential privacy."""
     model = made()

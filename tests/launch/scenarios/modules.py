@@ -15,7 +15,7 @@ from scenarios import Numbers, scenario, training
 from scenarios.training import SMALL, batch, distance, held_out, largest_difference, made, weights
 
 
-@scenario("distance of each part")
+@scenario("distance of each part", library=True)
 def freezing_and_unfreezing() -> Numbers:
     """The first layer frozen, then trained, then frozen again, in one optimizer."""
     model = made()
@@ -28,7 +28,7 @@ def freezing_and_unfreezing() -> Numbers:
     return {f"after phase {i}": m for i, m in enumerate(moved)} | {"all": distance(model, start)}
 
 
-@scenario("distance of each part")
+@scenario("distance of each part", library=True)
 def unfreezing_with_an_optimizer_of_the_trained_part() -> Numbers:
     """A head trained alone, then all with a second optimizer."""
     model = made()
@@ -41,7 +41,7 @@ def unfreezing_with_an_optimizer_of_the_trained_part() -> Numbers:
     return {"first": distance(now[:2], start[:2]), "head": distance(now[2:], start[2:])}
 
 
-@scenario("distance of each part")
+@scenario("distance of each part", library=True)
 def new_layers_during_training() -> Numbers:
     """A layer inserted into the model, its parameters added to the optimizer."""
     model = made()
@@ -56,7 +56,7 @@ def new_layers_during_training() -> Numbers:
     return {"inserted": distance(inserted, its), "first": distance(model[0], start[:2])}
 
 
-@scenario("distance of each part")
+@scenario("distance of each part", library=True)
 def replaced_head() -> Numbers:
     """The last layer replaced by a new one, and a new optimizer."""
     model = made()
@@ -68,7 +68,7 @@ def replaced_head() -> Numbers:
     return {"body": distance(model[0], start[:2]), "head": distance(model[2], start[2:])}
 
 
-@scenario("distance of each part; the old rows are as they were, bit for bit")
+@scenario("distance of each part; the old rows are as they were, bit for bit", library=True)
 def grown_embedding() -> Numbers:
     """A vocabulary that grows: a larger embedding that takes over the old rows."""
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def grown_embedding() -> Numbers:
     return {"off": off, "moved": distance(model, start)}
 
 
-@scenario("distance; still tied")
+@scenario("distance; still tied", library=True)
 def tied_weights() -> Numbers:
     """An embedding and an output layer that share one weight."""
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def tied_weights() -> Numbers:
     return {"moved": distance(model, start), "tied": float(tied[0]), "copy tied": float(tied[1])}
 
 
-@scenario("distance; ties and unties")
+@scenario("distance; ties and unties", library=True)
 def tied_and_untied_during_training() -> Numbers:
     """Two layers tied after some steps, and untied again by a copy."""
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def tied_and_untied_during_training() -> Numbers:
     return {"tied": tied, "untied": distance(model, start)}
 
 
-@scenario("distance and loss")
+@scenario("distance and loss", library=True)
 def lazy_layers() -> Numbers:
     """Lazy layers, given to the optimizer before they have shapes."""
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ class LowRank(nn.Module):
         return weight + self.b @ self.a
 
 
-@scenario("distance; what is baked is W + BA in FP32")
+@scenario("distance; what is baked is W + BA in FP32", library=True)
 def parametrization_baked() -> Numbers:
     """W + BA as a parametrization, trained, then removed with its value left."""
     model = made()
@@ -163,7 +163,7 @@ def parametrization_baked() -> Numbers:
     return {"moved": moved, "off": float(baked > 1e-5), "loss": held_out(model)}
 
 
-@scenario("distance of both phases", 0.03)
+@scenario("distance of both phases", 0.03, library=True)
 def parametrization_registered_during_training() -> Numbers:
     """A parametrization, and spectral norm, registered between two phases."""
     numbers = {}
@@ -180,7 +180,7 @@ def parametrization_registered_during_training() -> Numbers:
     return numbers
 
 
-@scenario("distance; Q'Q is 1 in FP32", 0.03)
+@scenario("distance; Q'Q is 1 in FP32", 0.03, library=True)
 def orthogonal_weights() -> Numbers:
     """`parametrizations.orthogonal`, trained and removed."""
     model = made()
@@ -193,7 +193,7 @@ def orthogonal_weights() -> Numbers:
     return {"moved": moved, "off": float((q.T @ q - torch.eye(8)).abs().max() > 1e-5)}
 
 
-@scenario("distance and loss", 0.03)
+@scenario("distance and loss", 0.03, library=True)
 def weight_norm_and_spectral_norm() -> Numbers:
     """Weight norm and spectral norm, PyTorch's older and newer kinds."""
     numbers = {}
@@ -210,7 +210,7 @@ def weight_norm_and_spectral_norm() -> Numbers:
     return numbers
 
 
-@scenario("zeros; distance")
+@scenario("zeros; distance", library=True)
 def pruning() -> Numbers:
     """`nn.utils.prune` during training, trained on, then made permanent."""
     model = made()
@@ -244,7 +244,7 @@ def functional_calls() -> Numbers:
     return {"moved": distance(model, start), "loss": loss}
 
 
-@scenario("loss of each model of the ensemble; the stack is what was stacked")
+@scenario("loss of each model of the ensemble; the stack is what was stacked", library=True)
 def ensemble_by_vmap() -> Numbers:
     """`stack_module_state` of trained models, called under `vmap`."""
     models = [made(seed) for seed in range(3)]
@@ -345,7 +345,7 @@ def attention() -> Numbers:
         return {"moved": distance(model, start), "loss": trained, "evaluated": held_out(model)}
 
 
-@scenario("distance; the norms of rows", 0.03)
+@scenario("distance; the norms of rows", 0.03, library=True)
 def embeddings() -> Numbers:
     """Embedding with `max_norm` and a padding row, EmbeddingBag, and sparse gradients."""
     numbers = {}
@@ -384,7 +384,7 @@ def activation_checkpointing() -> Numbers:
     return {"moved": distance(model, start), "loss": held_out(model)}
 
 
-@scenario("distance and loss")
+@scenario("distance and loss", library=True)
 def compiled_model() -> Numbers:
     """`torch.compile`, with the eager backend."""
     model = made()
@@ -395,7 +395,7 @@ def compiled_model() -> Numbers:
     return {"moved": distance(model, start), "loss": held_out(model)}
 
 
-@scenario("distance of the adapters; the base is as it was, bit for bit; what is merged is FP32's sum")
+@scenario("distance of the adapters; the base is as it was, bit for bit; what is merged is FP32's sum", library=True)
 def lora_by_hand() -> Numbers:
     """A frozen base with trained low-rank adapters, merged at the end."""
 
@@ -424,7 +424,7 @@ def lora_by_hand() -> Numbers:
     return {"moved": moved, "changed": changed, "off": float(off > 1e-6)}
 
 
-@scenario("distance; loss", 0.04)
+@scenario("distance; loss", 0.04, library=True)
 def fake_quantization() -> Numbers:
     """Quantization-aware training: weights rounded in forward, gradients straight through."""
 

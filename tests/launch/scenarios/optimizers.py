@@ -34,7 +34,7 @@ def sgd_in_tiny_steps() -> Numbers:
     return {"moved": distance(model, start)}
 
 
-@scenario("distance of each", 0.06)
+@scenario("distance of each", 0.06, library=True)
 def every_optimizer_of_torch() -> Numbers:
     """A few steps of each optimizer of `torch.optim`."""
     moved = {}
@@ -47,7 +47,7 @@ def every_optimizer_of_torch() -> Numbers:
     return moved
 
 
-@scenario("distance of each")
+@scenario("distance of each", library=True)
 def foreach_fused_and_single_tensor() -> Numbers:
     """AdamW and SGD with momentum, by each of PyTorch's implementations."""
     moved = {}
@@ -108,7 +108,7 @@ def switched_optimizer() -> Numbers:
     return {"moved": distance(model, start), "loss": held_out(model)}
 
 
-@scenario("distance of each group")
+@scenario("distance of each group", library=True)
 def groups_and_a_later_group() -> Numbers:
     """Groups with their own learning rates, one of them added during the run."""
     model = made()
@@ -151,7 +151,7 @@ class Wrapper(torch.optim.Optimizer):
         return self.inner.step(closure)
 
 
-@scenario("distance and loss")
+@scenario("distance and loss", library=True)
 def wrapper_with_lists_of_its_own() -> Numbers:
     """An optimizer around another, each with its own parameter lists."""
     model = made()
@@ -160,7 +160,7 @@ def wrapper_with_lists_of_its_own() -> Numbers:
     return {"moved": distance(model, start), "loss": held_out(model)}
 
 
-@scenario("distance and loss")
+@scenario("distance and loss", library=True)
 def zero_redundancy_in_one_process() -> Numbers:
     """ZeroRedundancyOptimizer in a group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -226,7 +226,7 @@ def ema_by_averaged_model() -> Numbers:
     return {"moved": distance(average.module, start), "far from float64": float(far > 1e-6)}
 
 
-@scenario("distance of the average")
+@scenario("distance of the average", library=True)
 def ema_by_deepcopy() -> Numbers:
     """An average by deepcopy and `mul_().add_()` through `.data`."""
     model = made()
@@ -241,7 +241,7 @@ def ema_by_deepcopy() -> Numbers:
     return {"moved": distance(average, start), "loss": held_out(average)}
 
 
-@scenario("distance of the average; the weights are back, bit for bit")
+@scenario("distance of the average; the weights are back, bit for bit", library=True)
 def ema_by_lists_swapped_in_and_out() -> Numbers:
     """A list of averages, swapped in to evaluate and save, and out again."""
     model = made()
@@ -265,7 +265,7 @@ def ema_by_lists_swapped_in_and_out() -> Numbers:
     return {"moved": moved, "average moved": distance(shadow, start), "loss": average_loss, "changed": changed}
 
 
-@scenario("distance")
+@scenario("distance", library=True)
 def lookahead() -> Numbers:
     """Lookahead: slow weights, pulled along every five steps."""
     model = made()
@@ -398,7 +398,7 @@ def optimizer_in_backward() -> Numbers:
     return {"moved": distance(model, start), "loss": held_out(model)}
 
 
-@scenario("distance of the copy and of the original")
+@scenario("distance of the copy and of the original", library=True)
 def deepcopied_with_its_optimizer() -> Numbers:
     """Model and optimizer deep-copied during training; both go on."""
     model = made()
@@ -412,7 +412,7 @@ def deepcopied_with_its_optimizer() -> Numbers:
     return {"moved": distance(model, start), "the copy": distance(other, start), "apart": apart}
 
 
-@scenario("distance of the copy and of the original")
+@scenario("distance of the copy and of the original", library=True)
 def deepcopied_before_training() -> Numbers:
     """Model and optimizer deep-copied before the first step; both train."""
     model = made()
@@ -424,7 +424,7 @@ def deepcopied_before_training() -> Numbers:
     return {"copy": distance(other, start), "original": distance(model, start)}
 
 
-@scenario("distance of each copy; they equal the original, bit for bit")
+@scenario("distance of each copy; they equal the original, bit for bit", library=True)
 def pickled_with_its_optimizer() -> Numbers:
     """Model and optimizer through pickle and through `torch.save`, whole."""
     model = made()
@@ -443,7 +443,7 @@ def pickled_with_its_optimizer() -> Numbers:
     return numbers
 
 
-@scenario("distance and loss", 0.03)
+@scenario("distance and loss", 0.03, library=True)
 def federated_averaging() -> Numbers:
     """Rounds of clients: a copy of the model and a new optimizer each, their state dicts averaged."""
     model = made()
@@ -458,7 +458,7 @@ def federated_averaging() -> Numbers:
     return {"moved": distance(model, start), "loss": held_out(model)}
 
 
-@scenario("distance", 0.03)
+@scenario("distance", 0.03, library=True)
 def reptile() -> Numbers:
     """Reptile: a few inner steps, then the weights are pulled towards where these led."""
     model = made()
@@ -471,7 +471,7 @@ def reptile() -> Numbers:
     return {"moved": distance(model, start)}
 
 
-@scenario("distance")
+@scenario("distance", library=True)
 def a_search_over_seeds() -> Numbers:
     """The same training for each of several seeds, one after the other, as in a search."""
     moved = {}

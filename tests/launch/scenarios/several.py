@@ -132,7 +132,7 @@ def siamese_network() -> Numbers:
     return {"moved": distance(model, start)}
 
 
-@scenario("losses, and the mean of what they say", 0.03)
+@scenario("losses, and the mean of what they say", 0.03, library=True)
 def an_ensemble_in_a_list() -> Numbers:
     """Models with an optimizer each, trained in turn, averaged when asked."""
     models = [made(seed) for seed in range(3)]
@@ -146,7 +146,7 @@ def an_ensemble_in_a_list() -> Numbers:
     return {"loss": F.nll_loss(mean.log(), y).item(), **{str(i): held_out(m) for i, m in enumerate(models)}}
 
 
-@scenario("distance; what it computes equals the average of the parts, bit for bit")
+@scenario("distance; what it computes equals the average of the parts, bit for bit", library=True)
 def weights_of_several_runs_averaged() -> Numbers:
     """A soup: the weights of three trained models averaged into a fourth, which is trained on."""
     models = [made() for _ in range(3)]
@@ -194,7 +194,7 @@ def a_search_that_drops_its_models() -> Numbers:
     return {str(width): trial(width) for width in (4, 8, 16, 32)}
 
 
-@scenario("values; what is written is read, bit for bit; distance")
+@scenario("values; what is written is read, bit for bit; distance", library=True)
 def weights_used_under_inference_mode() -> Numbers:
     """Weights read, reshaped, cast, multiplied and written under `inference_mode`."""
     model = made()
@@ -243,7 +243,7 @@ def evaluated_in_between() -> Numbers:
     return losses
 
 
-@scenario("distance of the second part", 0.03)
+@scenario("distance of the second part", 0.03, library=True)
 def pretrained_then_finetuned() -> Numbers:
     """A model trained, its body put under a new head, the body at a lower rate."""
     body = made()

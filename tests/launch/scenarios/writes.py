@@ -34,7 +34,7 @@ def many_small_factors() -> Numbers:
     return {"ratio": (model[0].weight.detach().double().norm() / before).item()}
 
 
-@scenario("distance")
+@scenario("distance", library=True)
 def weight_decay_by_hand() -> Numbers:
     """Decoupled decay towards an anchor, between steps, through `.data`."""
     model, optimizer = trained()
@@ -46,7 +46,7 @@ def weight_decay_by_hand() -> Numbers:
     return {"moved": distance(model, start)}
 
 
-@scenario("distance")
+@scenario("distance", library=True)
 def noise_on_weights() -> Numbers:
     """Seeded noise of 1e-4 added after each step (Langevin)."""
     model, optimizer = trained(lr=1e-6)
@@ -59,7 +59,7 @@ def noise_on_weights() -> Numbers:
     return {"moved": distance(model, start)}
 
 
-@scenario("what was written is read, bit for bit", 0.0)
+@scenario("what was written is read, bit for bit", 0.0, library=True)
 def assigning_in_every_way() -> Numbers:
     """`copy_`, `fill_`, `w[...] =`, masks, `.data =`, `where`, `scatter_`, `set` by index."""
     model, _ = trained()
@@ -108,7 +108,11 @@ def assigning_in_every_way() -> Numbers:
 
 @scenario(
     "what was written is read, bit for bit",
-    differs={"fp16-master:emulate": "each within 2⁻⁴⁰: so small are two 16-bit numbers not exact, see Casting"},
+    differs=dict.fromkeys(
+        ("fp16-master:emulate", "lib fp16-master:emulate"),
+        "each within 2⁻⁴⁰: so small a number is not exact in two 16-bit ones",
+    ),
+    library=True,
 )
 def tiny_values() -> Numbers:
     """Weights below 2⁻¹⁶, denormal numbers among them."""
@@ -123,7 +127,7 @@ def tiny_values() -> Numbers:
     return numbers
 
 
-@scenario("what was written is read, bit for bit; distance after it")
+@scenario("what was written is read, bit for bit; distance after it", library=True)
 def vector_to_parameters_and_back() -> Numbers:
     """All weights to one vector, changed a little, and back; then training goes on."""
     model, optimizer = trained()
@@ -160,7 +164,7 @@ def max_norm_constraint() -> Numbers:
     return {"norm": model[0].weight.detach().norm(dim=1).max().item(), "loss": held_out(model)}
 
 
-@scenario("sums after it; distance")
+@scenario("sums after it; distance", library=True)
 def initializing_again() -> Numbers:
     """`nn.init` functions and `reset_parameters` during training."""
     model, optimizer = trained()
@@ -192,7 +196,7 @@ def dead_units_are_revived() -> Numbers:
     return {"moved": distance(model, start)}
 
 
-@scenario("zeros stay zeros; distance")
+@scenario("zeros stay zeros; distance", library=True)
 def masked_after_each_step() -> Numbers:
     """A sparsity mask multiplied in after each step."""
     model, optimizer = trained()
@@ -204,7 +208,7 @@ def masked_after_each_step() -> Numbers:
     return {"zeros": int((model[0].weight == 0).sum()), "moved": distance(model, start)}
 
 
-@scenario("values after it; distance")
+@scenario("values after it; distance", library=True)
 def foreach_writes() -> Numbers:
     """MoCo's `torch._foreach_lerp_`, and its kin, on lists of weights."""
     model, optimizer = trained()
@@ -221,7 +225,7 @@ def foreach_writes() -> Numbers:
     return {"moved": distance(apart, start), "apart": largest_difference(target, model)}
 
 
-@scenario("distance; the copy is what was copied, bit for bit")
+@scenario("distance; the copy is what was copied, bit for bit", library=True)
 def swapping_weights_between_models() -> Numbers:
     """Weights of two models exchanged through `.data` and `copy_`, both train on."""
     (a, of_a), b = trained(), made(1)
@@ -236,7 +240,7 @@ def swapping_weights_between_models() -> Numbers:
     return {"off": off, "a": distance(a, before[1]), "b": distance(b, before[0])}
 
 
-@scenario("values are FP32, and the same in each way of reading", 1e-3)
+@scenario("values are FP32, and the same in each way of reading", 1e-3, library=True)
 def reading_in_every_way() -> Numbers:
     """`numpy`, `tolist`, `item`, iteration, comparison, sums, `float`, `double`, an SVD."""
     model, _ = trained(lr=1e-6)
@@ -267,7 +271,7 @@ def reading_in_every_way() -> Numbers:
     }
 
 
-@scenario("products outside of the model's call are FP32's, bit for bit", 1e-3)
+@scenario("products outside of the model's call are FP32's, bit for bit", 1e-3, library=True)
 def computing_with_weights_outside_the_model() -> Numbers:
     """`w @ w.T`, norms and `F.linear` with weights, outside of any module call."""
     model, _ = trained(lr=1e-6)
@@ -279,7 +283,7 @@ def computing_with_weights_outside_the_model() -> Numbers:
     return {"far": float(far > 1e-5), "gram": float(gram.abs().max() > 1e-5), "norm": w.norm().item()}
 
 
-@scenario("distance of each; dtype and identity")
+@scenario("distance of each; dtype and identity", library=True)
 def float_double_and_to() -> Numbers:
     """`model.float()`, `.to("cpu")`, `.double().float()`, `.train()`, `requires_grad_` during training."""
     model, optimizer = trained()
@@ -337,7 +341,7 @@ def writing_between_forward_and_backward() -> Numbers:
     return {"raised": 0.0}
 
 
-@scenario("an error for each")
+@scenario("an error for each", library=True)
 def writes_that_pytorch_refuses() -> Numbers:
     """In-place writes to a leaf that requires grad, and of a wrong shape, without `no_grad`."""
     model, _ = trained()
