@@ -187,9 +187,9 @@ HEAD = """\
 
 Each row is a script of plain PyTorch in `tests/launch/scenarios/`; it knows nothing of halfstep. A test runs it
 without a policy and under each, and compares the numbers it returns: "as plain" means the same bits under `fp32`, and
-else within the tolerance of its row, which one lost kind of write or update exceeds by far. What plain PyTorch gives
-as 0 (a resumed run beside an uninterrupted one, a value that is written and read) must be 0 under every policy. What
-is not as plain says so.
+else within the tolerance of its row, which weights of 16 bits alone exceed wherever updates or writes are small. What
+plain PyTorch gives as 0 (a resumed run beside an uninterrupted one, a value that is written and read) must be 0 under
+every policy. What is not as plain says so.
 
 The first five columns are `halfstep run` (`e`: `:emulate`); a row that names other policies is one script run several
 times in one folder, under the column's policy (P) and those. The last three are `halfstep.MixedPrecision` in the

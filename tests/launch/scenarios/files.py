@@ -37,7 +37,7 @@ def trained(steps: int = 10):
     return model, optimizer
 
 
-@scenario("resumed and uninterrupted are the same, bit for bit", library=True)
+@scenario("resumed and uninterrupted are the same, bit for bit; distance", library=True)
 def resumed_in_any_order() -> Numbers:
     """Resumed from state dicts: model first, optimizer first, after a step of the new pair."""
     model, optimizer = trained()
@@ -58,7 +58,7 @@ def resumed_in_any_order() -> Numbers:
     return numbers
 
 
-@scenario("resumed and uninterrupted are the same, bit for bit", library=True)
+@scenario("resumed and uninterrupted are the same, bit for bit; distance", library=True)
 def optimizer_made_before_or_after_loading() -> Numbers:
     """The model loaded, then an optimizer made for it; `assign=True`, with the optimizer made after."""
     model, optimizer = trained()
@@ -72,10 +72,10 @@ def optimizer_made_before_or_after_loading() -> Numbers:
         its.load_state_dict(copy.deepcopy(saved[1]))
         training.train(resumed, its, 10, 10)
         numbers[f"apart, assign={assign}"] = largest_difference(resumed, model)
-    return numbers
+    return {**numbers, "moved": distance(resumed, made())}
 
 
-@scenario("resumed and uninterrupted are the same, bit for bit", library=True)
+@scenario("resumed and uninterrupted are the same, bit for bit; distance", library=True)
 def resumed_on_the_meta_device() -> Numbers:
     """A model built on meta, its weights assigned from a file."""
     model, optimizer = trained()
@@ -87,7 +87,7 @@ def resumed_on_the_meta_device() -> Numbers:
     its = adamw(resumed)
     its.load_state_dict(saved[1])
     training.train(resumed, its, 10, 10)
-    return {"apart": largest_difference(resumed, model)}
+    return {"apart": largest_difference(resumed, model), "moved": distance(resumed, made())}
 
 
 @scenario("what was loaded is there, bit for bit; distance after it", library=True)
@@ -159,7 +159,7 @@ def what_is_in_a_pickled_model() -> Numbers:
     return {"saved": float(b"halfstep" in whole.getvalue()), "pickled": float(b"halfstep" in pickle.dumps(model))}
 
 
-@scenario("resumed and uninterrupted are the same, bit for bit", library=True)
+@scenario("resumed and uninterrupted are the same, bit for bit; distance", library=True)
 def whole_model_saved() -> Numbers:
     """`torch.save(model)` and pickle of a trained model; the copy is trained on."""
     model, optimizer = trained()
@@ -172,10 +172,10 @@ def whole_model_saved() -> Numbers:
         its.load_state_dict(copy.deepcopy(state))
         training.train(other, its, 5, 10)
         numbers[f"apart {i}"] = largest_difference(other, model)
-    return numbers
+    return {**numbers, "moved": distance(model, made())}
 
 
-@scenario("what is read is what was trained, bit for bit", needs="safetensors", library=True)
+@scenario("what is read is what was trained, bit for bit; distance", needs="safetensors", library=True)
 def safetensors_files() -> Numbers:
     """`save_file`, `save_model` and back."""
     from safetensors.torch import load_file, load_model, save_file, save_model
@@ -186,10 +186,11 @@ def safetensors_files() -> Numbers:
     one, two = made(1), made(2)
     one.load_state_dict(load_file("state.safetensors"))
     load_model(two, "model.safetensors")
-    return {"state": largest_difference(one, model), "model": largest_difference(two, model)}
+    moved = distance(one, made())
+    return {"state": largest_difference(one, model), "model": largest_difference(two, model), "moved": moved}
 
 
-@scenario("dtypes; what is read is what was trained, bit for bit", needs="transformers", library=True)
+@scenario("dtypes; what is read is what was trained, bit for bit; distance", needs="transformers", library=True)
 def pretrained_model_saved() -> Numbers:
     """A GPT-2 of Transformers: trained, `save_pretrained`, `from_pretrained`."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -214,7 +215,7 @@ def pretrained_model_saved() -> Numbers:
     }
 
 
-@scenario("resumed and uninterrupted are the same, bit for bit", library=True)
+@scenario("resumed and uninterrupted are the same, bit for bit; distance", library=True)
 def distributed_checkpoint() -> Numbers:
     """`dcp.save` and `dcp.load` with `get_state_dict` and `set_state_dict`, which loads the optimizer first."""
     warnings.filterwarnings("ignore", module="torch.distributed")
@@ -228,10 +229,10 @@ def distributed_checkpoint() -> Numbers:
     dcp.load(into, checkpoint_id="checkpoint", no_dist=True)
     set_state_dict(resumed, its, model_state_dict=into["model"], optim_state_dict=into["optimizer"])
     training.train(resumed, its, 10, 10)
-    return {"apart": largest_difference(resumed, model)}
+    return {"apart": largest_difference(resumed, model), "moved": distance(resumed, made())}
 
 
-@scenario("what is read is what was trained, bit for bit", library=True)
+@scenario("what is read is what was trained, bit for bit; distance", library=True)
 def arrays_saved_by_numpy() -> Numbers:
     """`numpy.savez` of all weights, and back by `from_numpy`."""
     model, _ = trained()
@@ -241,7 +242,7 @@ def arrays_saved_by_numpy() -> Numbers:
     with torch.no_grad():
         for name, p in other.named_parameters():
             p.copy_(torch.from_numpy(read[name]))
-    return {"apart": largest_difference(other, model)}
+    return {"apart": largest_difference(other, model), "moved": distance(other, made())}
 
 
 @scenario("the loaded part is there, bit for bit; distance after it", library=True)

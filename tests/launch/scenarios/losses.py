@@ -19,8 +19,8 @@ def l1_and_l2_penalties() -> Numbers:
     for i in range(20):
 
         def loss(i=i):
-            penalty = sum(p.square().sum() + 0.1 * p.abs().sum() for p in model.parameters())
-            return loss_of(model, i) + 0.01 * penalty
+            value = loss_of(model, i)
+            return value + 0.01 * sum(p.square().sum() + 0.1 * p.abs().sum() for p in model.parameters())
 
         training.step(model, optimizer, loss)
     return {"moved": distance(model, start)}
@@ -67,8 +67,9 @@ def orthogonality_penalty() -> Numbers:
     start, optimizer = weights(model), torch.optim.SGD(model.parameters(), lr=1e-3)
     for i in range(10):
         optimizer.zero_grad()
+        loss = loss_of(model, i)
         penalty = sum((w.t() @ w - torch.eye(w.shape[1])).square().sum() for w in model.parameters() if w.dim() > 1)
-        (loss_of(model, i) + 0.1 * penalty).backward()
+        (loss + 0.1 * penalty).backward()
         optimizer.step()
     return {"moved": distance(model, start), "penalty": penalty.item()}
 

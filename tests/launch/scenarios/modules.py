@@ -249,7 +249,7 @@ def ensemble_by_vmap() -> Numbers:
     """`stack_module_state` of trained models, called under `vmap`."""
     models = [made(seed) for seed in range(3)]
     for seed, model in enumerate(models):
-        training.train(model, torch.optim.AdamW(model.parameters(), lr=1e-3), 5, 10 * seed)
+        training.train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), 5, 10 * seed)
     parameters, buffers = stack_module_state(models)
     off = max(float((parameters["0.weight"][i] - m[0].weight).abs().max()) for i, m in enumerate(models))
     base, (x, y) = copy.deepcopy(models[0]), batch(0)

@@ -136,7 +136,7 @@ def siamese_network() -> Numbers:
 def an_ensemble_in_a_list() -> Numbers:
     """Models with an optimizer each, trained in turn, averaged when asked."""
     models = [made(seed) for seed in range(3)]
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in models]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models]
     for i in range(8):
         for model, optimizer in zip(models, optimizers, strict=True):
             training.train(model, optimizer, 1, i)
@@ -188,7 +188,7 @@ def a_search_that_drops_its_models() -> Numbers:
     def trial(width):
         torch.manual_seed(width)
         model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4))
-        training.train(model, torch.optim.AdamW(model.parameters(), lr=1e-3), 4)
+        training.train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), 4)
         return held_out(model)
 
     return {str(width): trial(width) for width in (4, 8, 16, 32)}
