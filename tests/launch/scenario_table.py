@@ -24,7 +24,7 @@ import halfstep
 from halfstep.launch import run_under_policy
 
 sys.path.insert(0, str(Path(__file__).parent))
-from scenarios import ALL, Numbers, Scenario, training
+from training_scripts import ALL, Numbers, Scenario, training
 
 PAGE = Path(__file__).parents[2] / "docs" / "scenarios.md"
 GROUPS = {
@@ -37,8 +37,8 @@ GROUPS = {
     "several": "Several models",
 }
 for _group in GROUPS:
-    if importlib.util.find_spec(f"scenarios.{_group}"):
-        importlib.import_module(f"scenarios.{_group}")
+    if importlib.util.find_spec(f"training_scripts.{_group}"):
+        importlib.import_module(f"training_scripts.{_group}")
 
 #: `halfstep run` with these; fp16 is emulated, since it is slow where a CPU has no unit for it.
 RUN = ("fp32", "bf16-mixed", "bf16-master", "fp16-mixed:emulate", "fp16-master:emulate")
@@ -151,7 +151,8 @@ def _by_launcher(scenario: Scenario, policy: str, folder: Path) -> Numbers:
         script = folder / f"script{part}.py"
         call = f"{scenario.name}({part if part >= 0 else ''})"
         script.write_text(
-            f"import torch\nfrom scenarios.{scenario.group} import {scenario.name}\ntorch.save({call}, {str(out)!r})\n"
+            f"import torch\nfrom training_scripts.{scenario.group} import {scenario.name}\n"
+            f"torch.save({call}, {str(out)!r})\n"
         )
         run = run_under_policy(script, (), under or policy, device_type="cpu", record=folder / f"record{part}.jsonl")
         if run.exit_code:
@@ -185,7 +186,7 @@ def _by_library(scenario: Scenario, policy: str) -> Numbers:
 HEAD = """\
 # What people do around a training loop, under each policy
 
-Each row is a script of plain PyTorch in `tests/launch/scenarios/`; it knows nothing of halfstep. A test runs it
+Each row is a script of plain PyTorch in `tests/launch/training_scripts/`; it knows nothing of halfstep. A test runs it
 without a policy and under each, and compares the numbers it returns: "as plain" means the same bits under `fp32`, and
 else within the tolerance of its row, which weights of 16 bits alone exceed wherever updates or writes are small. What
 plain PyTorch gives as 0 (a resumed run beside an uninterrupted one, a value that is written and read) must be 0 under

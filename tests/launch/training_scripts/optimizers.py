@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from scenarios import Numbers, scenario, training
-from scenarios.training import SMALL, batch, distance, held_out, largest_difference, loss_of, made, weights
+from training_scripts import Numbers, scenario, training
+from training_scripts.training import SMALL, batch, distance, held_out, largest_difference, loss_of, made, weights
 
 
 @scenario("distance and loss", library=True)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from scenarios import Numbers, scenario, training
-from scenarios.training import SMALL, batch, distance, held_out, loss_of, made, weights
+from training_scripts import Numbers, scenario, training
+from training_scripts.training import SMALL, batch, distance, held_out, loss_of, made, weights
 
 
 @scenario("distance", library=True)

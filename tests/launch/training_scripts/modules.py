@@ -11,8 +11,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from scenarios import Numbers, scenario, training
-from scenarios.training import SMALL, batch, distance, held_out, largest_difference, made, weights
+from training_scripts import Numbers, scenario, training
+from training_scripts.training import SMALL, batch, distance, held_out, largest_difference, made, weights
 
 
 @scenario("distance of each part", library=True)

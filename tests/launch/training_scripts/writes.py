@@ -8,8 +8,8 @@ import numpy
 import torch
 from torch import nn
 
-from scenarios import Numbers, scenario, training
-from scenarios.training import SMALL, distance, held_out, largest_difference, loss_of, made, weights
+from training_scripts import Numbers, scenario, training
+from training_scripts.training import SMALL, distance, held_out, largest_difference, loss_of, made, weights
 
 
 def trained(steps: int = 5, lr: float = SMALL):

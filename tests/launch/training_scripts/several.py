@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scenarios import Numbers, scenario, training
-from scenarios.training import SMALL, batch, distance, held_out, largest_difference, loss_of, made, weights
+from training_scripts import Numbers, scenario, training
+from training_scripts.training import SMALL, batch, distance, held_out, largest_difference, loss_of, made, weights
 
 
 @scenario("loss of each fold", library=True)

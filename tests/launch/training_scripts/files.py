@@ -15,8 +15,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from scenarios import Numbers, scenario, training
-from scenarios.training import SMALL, batch, distance, held_out, largest_difference, loss_of, made, weights
+from training_scripts import Numbers, scenario, training
+from training_scripts.training import SMALL, batch, distance, held_out, largest_difference, loss_of, made, weights
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
