@@ -27,7 +27,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -156,8 +156,13 @@ def _on_joined(op: Op, args: Any, kwargs: Any) -> Any:
 
     plain_args, plain_kwargs = tree_map(unwrap, args), tree_map(unwrap, kwargs)
     result = op(*plain_args, **plain_kwargs)
+    if op.namespace == "c10d":
+        _take_from_collective(result, plain.values())
     if not op._schema.is_mutable:
         return result
+    if op.namespace == "_c10d_functional":
+        for _, tensor in plain.values():
+            torch.ops._c10d_functional.wait_tensor(tensor)
     for argument, value in _arguments(op, args, kwargs):
         if argument.alias_info is not None and argument.alias_info.is_write:
             for written in value if isinstance(value, list | tuple) else [value]:
@@ -167,6 +172,16 @@ def _on_joined(op: Op, args: Any, kwargs: Any) -> Any:
                         torch.autograd.graph.increment_version(written)
     back = {id(tensor): wrapper for wrapper, tensor in plain.values()}
     return tree_map(lambda value: back.get(id(value), value) if isinstance(value, Tensor) else value, result)
+
+
+def _take_from_collective(result: Any, plain: Iterable[tuple[SplitTensor, Tensor]]) -> None:
+    """What ``dist.broadcast(x)`` and its kin wrote: schemas do not name it, and it is there only after their Work."""
+    for value in result if isinstance(result, list | tuple) else [result]:
+        if isinstance(value, torch.ScriptObject):  # the Work
+            value.wait()
+    for wrapper, tensor in plain:
+        if not torch.equal(wrapper.joined(), tensor):  # what was only read keeps its version
+            wrapper.write(tensor)
 
 
 def _one_by_one(op: Op, args: Any, kwargs: Any) -> Any:
@@ -434,7 +449,20 @@ def _view(function: Any, args: Any, kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
 
+def _new_zeros(function: Any, args: Any, kwargs: Any) -> Any:
+    """Of these FSDP2 makes its shards, plain ones."""
+    if sys._getframe(2).f_globals.get("__name__", "").startswith("torch.distributed.fsdp"):
+        warnings.warn(
+            "fully_shard makes plain FP32 shards of a parameter in two 16-bit planes, which are gathered and cast as "
+            "those of any FP32 parameter. Call fully_shard first, and make the optimizer and MixedPrecision after it",
+            stacklevel=4,
+        )
+    with _original():
+        return function(*args, **kwargs)
+
+
 _FUNCTIONS: dict[Any, Handler] = {
+    Tensor.new_zeros: _new_zeros,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.numpy: _numpy,
     Tensor.tolist: lambda function, args, kwargs: args[0].joined().tolist(),
