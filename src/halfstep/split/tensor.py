@@ -178,7 +178,7 @@ def _take_from_collective(result: Any, plain: Iterable[tuple[SplitTensor, Tensor
     """What ``dist.broadcast(x)`` and its kin wrote: schemas do not name it, and it is there only after their Work."""
     for value in result if isinstance(result, list | tuple) else [result]:
         if isinstance(value, torch.ScriptObject):  # the Work
-            value.wait()
+            value.wait()  # type: ignore[attr-defined]  # a method of the class registered by torch.distributed
     for wrapper, tensor in plain:
         if not torch.equal(wrapper.joined(), tensor):  # what was only read keeps its version
             wrapper.write(tensor)
